@@ -1,0 +1,1 @@
+"""One file per command: from arguments to a report."""

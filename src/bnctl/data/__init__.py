@@ -1,0 +1,1 @@
+"""Data in: what a --data word means, as batches of numpy arrays."""

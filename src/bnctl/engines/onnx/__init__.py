@@ -1,0 +1,1 @@
+"""The ONNX engine, on onnx-ir; never imports torch."""

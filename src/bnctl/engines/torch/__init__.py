@@ -1,0 +1,1 @@
+"""The torch engine: capture by execution, surgery on the user's own modules."""

@@ -1,0 +1,1 @@
+"""The normalised graph: one vocabulary of operators for both engines."""

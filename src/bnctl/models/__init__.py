@@ -1,0 +1,1 @@
+"""Models in and out: what a MODEL word means, loading without running foreign code, atomic writing."""

@@ -1,0 +1,183 @@
+"""How far two arrays are apart, in float64, and how far rounding alone may put them.
+
+The relative error here is normwise, not elementwise::
+
+    rel(a, b) = max|a - b| / rms(a)
+
+An elementwise ``|a - b| / |a|`` is the wrong measure for what a network computes: each output is a sum of many terms,
+its rounding error is proportional to the size of those *terms*, and where they cancel the quotient is unbounded
+although nothing is wrong (Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., sections 3.1 and 6.2). A
+tolerance wide enough for those elements would let real faults through. The scale is the root mean square rather than
+the maximum, because one outlier must not hide an error in all the other elements.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+DEFAULT_DEPTH = 100
+_NUMBERS = "fciub"  # numpy's letters for float, complex, signed, unsigned, boolean
+_TINY = float(np.finfo(np.float64).tiny)
+# Unit roundoff u = 2^-p, with p the bits of the significand.
+_UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+
+
+def tolerance(dtype: str, depth: int = DEFAULT_DEPTH) -> float:
+    """The relative error that rounding alone may cause between two evaluations of one function.
+
+    ::
+
+        tol = (4 u_store + 128 u_sum) * sqrt(depth)
+
+    Each layer rounds its weights and its result once to the storage type, with unit roundoff ``u_store``, and sums
+    about a thousand products in the accumulator's type (float32 for the half types, else the type itself), with unit
+    roundoff ``u_sum``. Rounding errors of many terms and layers add up as a random walk, hence the roots (Higham,
+    section 2.8): ``128 = 4 sqrt(1024)``, where the 4 leaves room for the largest among many elements. At the default
+    depth::
+
+        float64 1.5e-13    float32 7.9e-5    float16 2.0e-2    bfloat16 1.6e-1
+
+    Integers and booleans carry no rounding: 0.
+
+    Args:
+        dtype: name of the coarsest type that takes part in the computation, as numpy, ml_dtypes or torch spell it.
+        depth: layers between input and output.
+    """
+    u_store = _UNIT_ROUNDOFF.get(str(dtype).removeprefix("torch."), 0.0)
+    u_sum = min(u_store, _UNIT_ROUNDOFF["float32"])
+    return (4 * u_store + 128 * u_sum) * math.sqrt(depth)
+
+
+@dataclass(frozen=True)
+class ArrayError:
+    """How far a candidate array is from its baseline.
+
+    Attributes:
+        max_abs: ``max|a - b|`` over the elements that are finite in both; inf where the arrays cannot be compared.
+        max_rel: ``max_abs / rms(a)``; inf where they cannot be compared.
+        mismatch: why they cannot be compared (shape, type, NaN or infinity on one side), or None.
+        informative: whether the baseline holds a finite element other than zero: with none, agreement proves nothing.
+    """
+
+    max_abs: float
+    max_rel: float
+    mismatch: str | None = None
+    informative: bool = True
+
+    def within(self, limit: float) -> bool:
+        """Whether the arrays are comparable and at most ``limit`` apart, relative to the baseline's scale."""
+        return self.mismatch is None and self.max_rel <= limit
+
+
+def compare(baseline: Array, candidate: Array) -> ArrayError:
+    """The distance between two arrays; where shape, type, NaNs or infinities differ, it is infinite.
+
+    Computed in float64 (complex128 for complex values). NaNs must sit in the same places, and infinities be equal.
+    Integers beyond 2^53 are compared after rounding to float64.
+
+    Args:
+        baseline: array of any shape and type.
+        candidate: the array to judge.
+    """
+    informative = _is_informative(baseline)
+    mismatch = _layout_mismatch(baseline, candidate)
+    if mismatch is not None:
+        return ArrayError(math.inf, math.inf, mismatch, informative)
+    a, b = _widen(baseline), _widen(candidate)
+    finite = np.isfinite(a) & np.isfinite(b)
+    mismatch = _special_mismatch(a[~finite], b[~finite])
+    if mismatch is not None:
+        return ArrayError(math.inf, math.inf, mismatch, informative)
+    a, b = a[finite], b[finite]
+    if a.size == 0:
+        return ArrayError(0.0, 0.0, None, informative)
+    # Two finite values may be further apart than float64 reaches; that is an infinite error, not a warning.
+    with np.errstate(over="ignore"):
+        max_abs = float(np.max(np.abs(a - b)))
+    return ArrayError(max_abs, max_abs / max(rms(a), _TINY) if max_abs else 0.0, None, informative)
+
+
+def rms(values: Array) -> float:
+    """Root mean square ``sqrt(mean(|v|^2))`` of finite values, without overflow; 0 for no values."""
+    peak = float(np.max(np.abs(values))) if values.size else 0.0
+    return peak * math.sqrt(float(np.mean(np.abs(values / peak) ** 2))) if peak else 0.0
+
+
+@dataclass(frozen=True)
+class Flips:
+    """Rows whose largest entry moved.
+
+    Attributes:
+        rows: rows compared.
+        flipped: rows in which the argmax differs.
+        near_ties: those among ``flipped`` where the baseline itself held the two entries closer together than rounding
+            may move them: its choice was a coin toss.
+    """
+
+    rows: int = 0
+    flipped: int = 0
+    near_ties: int = 0
+
+    def __add__(self, other: Flips) -> Flips:
+        return Flips(self.rows + other.rows, self.flipped + other.flipped, self.near_ties + other.near_ties)
+
+
+def count_flips(baseline: Array, candidate: Array, limit: float) -> Flips | None:
+    """Rows of logits whose argmax differs; None where the arrays are not logits of one shape.
+
+    Logits are float arrays of shape (N, C) with C >= 2. A flip is a near tie when
+    ``a[i, argmax a[i]] - a[i, argmax b[i]] <= 2 limit rms(a)``: both entries may have moved by ``limit rms(a)``.
+    """
+    if not (is_logits(baseline) and is_logits(candidate) and baseline.shape == candidate.shape):
+        return None
+    a, b = _widen(baseline), _widen(candidate)
+    before, after = a.argmax(axis=1), b.argmax(axis=1)
+    rows = np.flatnonzero(before != after)
+    with np.errstate(invalid="ignore"):  # inf - inf: not a near tie
+        margin = a[rows, before[rows]] - a[rows, after[rows]]
+    near = margin <= 2 * limit * rms(a[np.isfinite(a)])
+    return Flips(len(a), rows.size, int(np.count_nonzero(near)))
+
+
+def is_logits(array: Array) -> bool:
+    """Whether an array looks like class scores: floats of shape (N, C) with C >= 2."""
+    return array.ndim == 2 and array.shape[1] >= 2 and array.dtype.kind == "f"
+
+
+def _is_informative(array: Array) -> bool:
+    if array.dtype.kind not in _NUMBERS:
+        return bool(array.size)
+    values = _widen(array)
+    return bool(np.any(np.isfinite(values) & (values != 0)))
+
+
+def _layout_mismatch(a: Array, b: Array) -> str | None:
+    if a.shape != b.shape:
+        return f"shape {a.shape} became {b.shape}"
+    if a.dtype != b.dtype:
+        return f"type {a.dtype} became {b.dtype}"
+    if a.dtype.kind not in _NUMBERS and not np.array_equal(a, b):
+        return f"values of type {a.dtype} differ"
+    return None
+
+
+def _special_mismatch(a: Array, b: Array) -> str | None:
+    if np.any(np.isnan(a) != np.isnan(b)):
+        return "NaN on one side only"
+    both = ~np.isnan(a)
+    if np.any(a[both] != b[both]):
+        return "infinite on one side only"
+    return None
+
+
+def _widen(array: Array) -> Array:
+    if array.dtype.kind not in _NUMBERS:
+        return np.zeros(array.shape)  # strings and objects: equality was all there is to check
+    return array.astype(np.complex128 if array.dtype.kind == "c" else np.float64)

@@ -1,0 +1,280 @@
+"""The planner of `fold`: every affine is moved back to its producers, or else forward to its consumers, until linear operators absorb it.
+
+A site (a normalisation layer, all its calls together) is folded in one step or not at all: a layer that is called twice goes only when every call
+can go and all of them leave the same parameters behind. The plan holds no weights; engines read and write those (:func:`bnctl.numerics.absorb`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from bnctl.codes import Obstacle
+from bnctl.graph.affine import AffineMap
+from bnctl.graph.graph import Graph, Node, Slot
+from bnctl.graph.ops import Affine
+from bnctl.plan.backward import backward
+from bnctl.plan.forward import forward
+from bnctl.plan.moves import Absorb
+
+Absorbed = dict[int, list[Absorb]]
+"""What each absorbing node takes, in order."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """What becomes of one affine layer. ``code`` and ``reason`` say why it is left."""
+
+    name: str
+    action: str
+    into: tuple[str, ...] = ()
+    code: str | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """A linear operator, or a normalisation layer that stays, takes affines into its parameters."""
+
+    node: Node
+    absorbs: tuple[Absorb, ...]
+
+    @property
+    def weight(self) -> Slot:
+        """Where the weight is stored."""
+        assert self.node.weight is not None
+        return self.node.weight
+
+
+@dataclass(frozen=True, eq=False)
+class FoldPlan:
+    """What to do, where, and why not.
+
+    Args:
+        sites: one entry per normalisation layer, and per plain channel affine that is folded.
+        edits: one per place that stores a weight, however often it is called.
+        removed: affine nodes that become the identity.
+        untied: slots whose array is shared with another slot and becomes their own.
+    """
+
+    sites: tuple[Site, ...]
+    edits: tuple[Edit, ...]
+    removed: tuple[Node, ...]
+    untied: tuple[Slot, ...] = ()
+
+    @property
+    def added_parameters(self) -> int:
+        """Parameters that untying adds."""
+        return sum(slot.size for slot in self.untied)
+
+
+def plan_fold(graph: Graph, *, selected: Callable[[str], bool] = lambda name: True) -> FoldPlan:
+    """Plan which affines of a graph are folded where.
+
+    Args:
+        graph: the model.
+        selected: says by name which layers may be folded.
+    """
+    draft = _Draft(graph)
+    sites = _sites(graph)
+    into: dict[str, tuple[str, ...]] = {}
+    reasons: dict[str, Obstacle] = {}
+    open_sites = [name for name in sites if selected(name)]
+    while (
+        open_sites
+    ):  # folding one site can open the way for another; nothing is tried again once a round changes nothing
+        left = []
+        for name in open_sites:
+            result = draft.fold(sites[name])
+            if isinstance(result, Obstacle):
+                reasons[name] = result
+                left.append(name)
+            else:
+                into[name] = result
+        if len(left) == len(open_sites):
+            break
+        open_sites = left
+    return FoldPlan(
+        sites=tuple(
+            _report(name, sites[name], into, reasons) for name in sites if name in into or _is_norm(sites[name])
+        ),
+        edits=tuple(draft.edits()),
+        removed=tuple(node for name in into for node in sites[name]),
+        untied=tuple(draft.untied()),
+    )
+
+
+def _sites(graph: Graph) -> dict[str, list[Node]]:
+    """Affine nodes by layer, in order of execution. A factor that is the same for all channels is no site: it costs nothing that folding could save."""
+    found: dict[str, list[Node]] = {}
+    for node in graph.nodes:
+        if isinstance(node.op, Affine) and (node.op.norm or max(node.op.map.shape, default=1) > 1):
+            found.setdefault(node.layer, []).append(node)
+    return found
+
+
+def _is_norm(nodes: list[Node]) -> bool:
+    return any(isinstance(node.op, Affine) and node.op.norm for node in nodes)
+
+
+def _report(name: str, nodes: list[Node], into: dict[str, tuple[str, ...]], reasons: dict[str, Obstacle]) -> Site:
+    if name in into:
+        return Site(name, "folded", into[name])
+    reason = reasons.get(name, Obstacle("BN204", "not selected"))
+    return Site(name, "left", (), reason.code, reason.detail)
+
+
+@dataclass
+class _Draft:
+    """The graph with the affines that are already planned away taken out."""
+
+    graph: Graph
+    alias: dict[int, int] = field(default_factory=dict)
+    observed: dict[int, Obstacle] = field(init=False)
+    readers: dict[int, list[Node]] = field(init=False)
+    absorbed: Absorbed = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.observed = {v.id: v.observed for v in self.graph.values.values() if v.observed is not None}
+        self.readers = {value: list(nodes) for value, nodes in self.graph.readers.items()}
+
+    def resolve(self, value: int) -> int:
+        """The value that stands for this one now."""
+        while value in self.alias:
+            value = self.alias[value]
+        return value
+
+    def fold(self, nodes: list[Node]) -> tuple[str, ...] | Obstacle:
+        """Fold all calls of a layer, or none: names of the layers that absorb it, or the reason."""
+        for node in nodes:
+            if node.obstacle:
+                return node.obstacle
+            if not self._map(node).finite:
+                return Obstacle("BN115", "scale or shift is not finite")
+        back = self._try(nodes, self._back)
+        if not isinstance(back, Obstacle):
+            return self._commit(nodes, back)
+        ahead = self._try(nodes, self._ahead)
+        if not isinstance(ahead, Obstacle):
+            return self._commit(nodes, ahead)
+        return Obstacle(back.code, f"{back.detail}; forward: {ahead.detail} ({ahead.code})")
+
+    def _map(self, node: Node) -> AffineMap:
+        """The affine of a node, with what it has absorbed since."""
+        assert isinstance(node.op, Affine)
+        m = node.op.map
+        for taken in self.absorbed.get(node.id, ()):
+            m = m.then(AffineMap.along(node.op.axis, m.rank, taken.scale, taken.shift))
+        return m
+
+    def _try(
+        self, nodes: list[Node], move: Callable[[Node], list[tuple[Node, Absorb]] | Obstacle]
+    ) -> Absorbed | Obstacle:
+        taken: Absorbed = {}
+        for node in nodes:
+            moved = move(node)
+            if isinstance(moved, Obstacle):
+                return moved
+            for absorber, absorb in moved:
+                taken.setdefault(absorber.id, []).append(absorb)
+        return self._conflict(taken) or taken
+
+    def _back(self, site: Node) -> list[tuple[Node, Absorb]] | Obstacle:
+        taken = []
+        todo = [(site.inputs[0], self._map(site))]
+        while todo:
+            value, m = todo.pop()
+            value = self.resolve(value)
+            name = self.graph.values[value].name
+            if value in self.observed:
+                return self.observed[value]
+            if len(self.readers[value]) != 1:
+                others = {n.layer for n in self.readers[value] if n is not site}
+                return Obstacle(
+                    "BN101", f"{name} is also read by {', '.join(sorted(others)) or 'the same layer a second time'}"
+                )
+            producer = self.graph.producer.get(value)
+            if producer is None:
+                return Obstacle("BN104", f"{name} is an input of the model")
+            moved = backward(producer.op, producer, self.graph, value, m)
+            if isinstance(moved, Obstacle):
+                return moved
+            if isinstance(moved, Absorb):
+                taken.append((producer, moved))
+            else:
+                todo += moved.maps
+        return taken
+
+    def _ahead(self, site: Node) -> list[tuple[Node, Absorb]] | Obstacle:
+        taken = []
+        todo = [(site.outputs[0], self._map(site))]
+        while todo:
+            value, m = todo.pop()
+            if value in self.observed:
+                return self.observed[value]
+            readers = self.readers[value]
+            if not readers:
+                continue
+            for reader in readers:
+                places = [i for i, v in enumerate(reader.inputs) if self.resolve(v) == value]
+                if len(places) != 1:
+                    return Obstacle("BN101", f"{reader.layer} reads it twice")
+                moved = forward(reader.op, reader, self.graph, places[0], m)
+                if isinstance(moved, Obstacle):
+                    return moved
+                if isinstance(moved, Absorb):
+                    taken.append((reader, moved))
+                else:
+                    todo += moved.maps
+        return taken
+
+    def _conflict(self, taken: Absorbed) -> Obstacle | None:
+        """Every call that reads a parameter must agree on what becomes of it."""
+        for node_id, absorbs in taken.items():
+            node = self.graph.by_id[node_id]
+            for slot in (node.weight, node.bias):
+                for other in self.graph.slot_readers[slot.key] if slot else ():
+                    if not _equal(absorbs, taken.get(other.id, [])):
+                        return Obstacle(
+                            "BN106", f"{slot.key} is read by several calls, and they would need different weights"
+                        )  # type: ignore[union-attr]
+        return None
+
+    def _commit(self, nodes: list[Node], taken: Absorbed) -> tuple[str, ...]:
+        for node_id, absorbs in taken.items():
+            self.absorbed.setdefault(node_id, []).extend(absorbs)
+        for node in nodes:
+            source, result = self.resolve(node.inputs[0]), node.outputs[0]
+            self.readers[source].remove(node)
+            self.readers[source].extend(self.readers[result])
+            self.alias[result] = source
+            if result in self.observed:
+                self.observed[source] = self.observed[result]
+        return tuple(dict.fromkeys(self.graph.by_id[i].layer for i in taken))
+
+    def edits(self) -> Iterator[Edit]:
+        """One edit per stored weight: calls of the same layer agree."""
+        removed = {n.id for v in self.alias if (n := self.graph.producer.get(v)) is not None}
+        seen: set[str] = set()
+        for node_id in sorted(self.absorbed):
+            node = self.graph.by_id[node_id]
+            assert node.weight is not None
+            if node_id not in removed and node.weight.key not in seen:
+                seen.add(node.weight.key)
+                yield Edit(node, tuple(self.absorbed[node_id]))
+
+    def untied(self) -> Iterator[Slot]:
+        """Slots that must get an array of their own before they are written."""
+        for edit in self.edits():
+            for slot in (edit.node.weight, edit.node.bias):
+                if slot is not None and len(self.graph.tensor_slots.get(slot.tensor, ())) > 1:
+                    yield slot
+
+
+def _equal(one: list[Absorb], two: list[Absorb]) -> bool:
+    return len(one) == len(two) and all(
+        a.side == b.side and np.array_equal(a.scale, b.scale) and np.array_equal(a.shift, b.shift)
+        for a, b in zip(one, two, strict=True)
+    )

@@ -1,0 +1,30 @@
+"""What a rule may answer: how an affine moves past one operator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from bnctl.codes import Obstacle
+from bnctl.graph.affine import AffineMap, Array
+
+Side = Literal["output", "input"]
+
+
+@dataclass(frozen=True, eq=False)
+class Absorb:
+    """The operator takes scale and shift into its parameters: vectors over its output or input channels."""
+
+    side: Side
+    scale: Array
+    shift: Array
+
+
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """The affine moves on: one map per value on the other side of the operator."""
+
+    maps: tuple[tuple[int, AffineMap], ...]
+
+
+Move = Absorb | Pass | Obstacle

@@ -1,0 +1,48 @@
+"""New parameters for an edit, in float64, and the one cast to the layer's dtype."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bnctl.errors import OverflowInFoldError
+from bnctl.graph.affine import Array
+from bnctl.graph.ops import LinearOp
+from bnctl.numerics.absorb import absorb_input, absorb_output
+from bnctl.plan.fold import Edit
+
+
+def new_parameters(edit: Edit, weight: Array, bias: Array | None) -> tuple[Array, Array]:
+    """Weight and bias after the edit.
+
+    Args:
+        edit: what is absorbed, in order.
+        weight: the stored weight (or gamma of a normalisation layer), as float64.
+        bias: the stored bias (or beta), as float64; None where the slot is empty.
+
+    Returns:
+        Both as float64. The bias is an array of zeros where nothing was moved into an empty slot.
+    """
+    op = edit.node.op
+    new_bias = bias
+    for taken in edit.absorbs:
+        if not isinstance(op, LinearOp):  # a normalisation layer that stays
+            weight, new_bias = weight * taken.scale, (0.0 if new_bias is None else new_bias) * taken.scale + taken.shift
+            continue
+        absorb = absorb_output if taken.side == "output" else absorb_input
+        weight, new_bias = absorb(op, weight, new_bias, taken.scale, taken.shift)
+    assert new_bias is not None
+    return weight, new_bias
+
+
+def check_range(layer: str, array: Array, largest: float) -> None:
+    """Refuse values that are not finite or would overflow.
+
+    Raises:
+        OverflowInFoldError: naming the layer.
+    """
+    peak = float(np.max(np.abs(array), initial=0.0))
+    if not peak <= largest:
+        raise OverflowInFoldError(
+            f"{layer}: folded parameters reach {peak:.3g}, beyond the largest value {largest:.3g} of their dtype (BN115)",
+            hint="fold in float32 and convert to half precision afterwards",
+        )

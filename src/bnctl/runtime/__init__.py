@@ -1,0 +1,1 @@
+"""Running a model, whatever it is, on a batch."""

@@ -1,0 +1,1 @@
+"""Intervals and tests for measurements; imports neither torch nor onnxruntime."""
