@@ -1,1 +1,65 @@
-"""Two engines that lift a native model to the normalised graph and apply a plan to it."""
+"""Two engines that lift a native model to the normalised graph and apply a plan to it; one face."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from bnctl.graph.graph import Graph
+from bnctl.plan.fold import FoldPlan
+from bnctl.plan.insert import InsertSite
+
+if TYPE_CHECKING:
+    from bnctl.data.batches import Batch
+    from bnctl.models.model import Model
+    from bnctl.numerics.moments import Moments
+
+
+@dataclass(frozen=True, eq=False)
+class Captured:
+    """A model that has been lifted.
+
+    Args:
+        model: as it came; nobody changes it.
+        graph: the normalised graph.
+        native: what the engine needs to find its own objects again.
+    """
+
+    model: Model
+    graph: Graph
+    native: Any
+
+
+class Engine(Protocol):
+    """What a command asks of an engine. Every method leaves the model that it is given alone."""
+
+    last_axis: bool
+    """Whether a norm can be put on the last axis of three or more."""
+
+    def capture(self, model: Model, batch: Batch) -> Captured:
+        """Lift a model; the torch engine runs it once on the batch."""
+        ...
+
+    def fold(self, captured: Captured, plan: FoldPlan) -> Model:
+        """The model with the plan carried out."""
+        ...
+
+    def calibrate(self, captured: Captured, sites: Sequence[InsertSite], batches: Iterable[Batch]) -> Mapping[str, Moments]:
+        """Moments of the values behind each site, by site name, in one pass over the data."""
+        ...
+
+    def insert(self, captured: Captured, sites: Sequence[InsertSite], moments: Mapping[str, Moments], eps: float) -> Model:
+        """The model with a norm behind each site that computes the identity."""
+        ...
+
+
+def engine_of(model: Model) -> Engine:
+    """The engine for a model. The ONNX engine never imports torch."""
+    if model.kind == "onnx":
+        from bnctl.engines.onnx.engine import OnnxEngine
+
+        return OnnxEngine()
+    from bnctl.engines.torch.engine import TorchEngine
+
+    return TorchEngine()

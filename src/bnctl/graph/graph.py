@@ -67,7 +67,7 @@ class Node:
         inputs: values it reads as data. Parameters are in the slots.
         outputs: values it makes.
         weight, bias: slots of a linear operator, or of a normalisation layer (gamma, beta).
-        obstacle: set on an affine that cannot be taken out of the model.
+        obstacle: set where the engine cannot act on the layer: an affine that cannot be taken out, a linear operator behind which nothing can be put.
     """
 
     id: int

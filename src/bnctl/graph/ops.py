@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from bnctl.codes import Obstacle
 from bnctl.graph.affine import AffineMap
 
 Array = NDArray[np.float64]
@@ -112,9 +113,13 @@ class Affine(Op):
 
 @dataclass(frozen=True)
 class Norm(Op):
-    """A normalisation that depends on its input: LayerNorm, GroupNorm, BatchNorm with batch statistics."""
+    """A normalisation that depends on its input: LayerNorm, GroupNorm, BatchNorm with batch statistics.
+
+    ``obstacle`` is set for a BatchNorm: a site, and the reason why it cannot be folded.
+    """
 
     kind: str
+    obstacle: Obstacle | None = None
 
     @property
     def label(self) -> str:

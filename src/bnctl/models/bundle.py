@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,8 +59,6 @@ def save_bundle(
         UsageError: `folder` exists and `force` is not set, or is something else than a bundle.
         ModelError: something in the module or its origin cannot be stored.
     """
-    from bnctl import __version__
-
     target = Path(folder)
     if target.is_dir() and force and any(target.iterdir()) and not (target / BUNDLE_JSON).is_file():
         raise UsageError(f"{target} is not a bundle, so it is not replaced", hint="give another output folder")
@@ -70,7 +69,7 @@ def save_bundle(
         manifest = Manifest(
             origin=origin,
             state_sha256=sha256_file(new / STATE_FILE),
-            bnctl=__version__,
+            bnctl=_version(),
             source=source,
             inputs=None if inputs is None else list(inputs),
             training=module.training,
@@ -129,26 +128,35 @@ def bundle_sha256(folder: str | os.PathLike[str]) -> str:
     return sha256_file(Path(folder) / BUNDLE_JSON)
 
 
+def _version() -> str:
+    try:
+        return metadata.version("bnctl")
+    except metadata.PackageNotFoundError:  # run from a source tree that is not installed
+        return "unknown"
+
+
 def _write_state(path: Path, module: nn.Module, ties: Mapping[str, str]) -> None:
     import torch
     from safetensors.torch import save_file
 
-    tensors: dict[str, torch.Tensor] = {}
+    stored: dict[str, torch.Tensor] = {}
+    storages: set[int] = set()
     for name, value in module.state_dict().items():
         if not isinstance(value, torch.Tensor):
             raise ModelError(f"{name} is a {type(value).__name__}: a bundle holds tensors only")
-        if name not in ties:
-            # A copy where the memory is shared or not in order, which the format refuses; else the tensor itself.
-            tensors[name] = value.detach().cpu().contiguous()
-    used: set[int] = set()
-    for name, tensor in tensors.items():
-        storage = tensor.untyped_storage()
-        if storage.nbytes() != tensor.nbytes or storage.data_ptr() in used:
-            tensors[name] = tensor.clone()
-        used.add(storage.data_ptr())
+        if name in ties:
+            continue
+        try:
+            tensor = value.detach().cpu().contiguous()
+            # The format refuses shared memory: overlapping views are stored apart.
+            address = tensor.untyped_storage().data_ptr()
+            stored[name] = tensor.clone() if address in storages else tensor
+            storages.add(address)
+        except (RuntimeError, NotImplementedError) as error:
+            raise ModelError(f"{name} cannot be stored: {error}") from error
     try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except Exception as error:  # sparse, quantised and meta tensors each fail in their own way
+        save_file(stored, path, metadata={"format": "pt"})
+    except Exception as error:  # sparse and quantised tensors each fail in their own way
         raise ModelError(f"the tensors of {type(module).__name__} cannot be stored: {error}") from error
 
 
@@ -182,8 +190,7 @@ def _apply_edits(module: nn.Module, origin: Origin, root: Path) -> None:
 def _restore(module: nn.Module, state: Mapping[str, torch.Tensor], manifest: Manifest, root: Path) -> None:
     if unknown := [name for name in manifest.ties.values() if name not in state]:
         raise ModelError(f"{root / BUNDLE_JSON}: {unknown[0]} is tied to, and is not in {STATE_FILE}")
-    own = module.state_dict()
-    whole = {**state, **{name: state[first] for name, first in manifest.ties.items() if name in own}}
+    whole = {**state, **{name: state[first] for name, first in manifest.ties.items()}}
     check_fit(module, whole, str(root))
     # assign: the tensors come as they were stored (their dtype too), each in a parameter of its own; then what was tied is tied.
     module.load_state_dict(whole, assign=True)

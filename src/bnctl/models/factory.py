@@ -121,7 +121,9 @@ def check_fit(module: nn.Module, state: Mapping[str, torch.Tensor], source: str)
     problems = [
         _listed("missing", [name for name in own if name not in state]),
         _listed("unexpected", [name for name in state if name not in own]),
-        _listed("of another shape", [_shapes(n, state[n], own[n]) for n in own if n in state and _differ(own[n], state[n])]),
+        _listed(
+            "of another shape", [_shapes(n, state[n], own[n]) for n in own if n in state and _differ(own[n], state[n])]
+        ),
     ]
     found = "; ".join(p for p in problems if p)
     if found:
@@ -168,9 +170,9 @@ def _all_tensors(content: Mapping[Any, Any]) -> bool:
 
 def _differ(own: Any, other: Any) -> bool:
     # Extra state (get_extra_state) has no shape, and a lazy parameter has none yet: load_state_dict judges those.
-    from torch.nn.parameter import UninitializedTensorMixin
+    from torch.nn.parameter import is_lazy
 
-    return hasattr(own, "shape") and not isinstance(own, UninitializedTensorMixin) and own.shape != other.shape
+    return hasattr(own, "shape") and not is_lazy(own) and own.shape != other.shape
 
 
 def _shapes(name: str, given: torch.Tensor, own: torch.Tensor) -> str:

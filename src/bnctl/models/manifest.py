@@ -99,7 +99,9 @@ def parse_manifest(text: str, path: Path) -> Manifest:
     def get(name: str, *kinds: type, default: Any = None) -> Any:
         value = content.get(name, default)
         if not isinstance(value, kinds):
-            raise ModelError(f'{path}: "{name}" is {type(value).__name__}, not {" or ".join(k.__name__ for k in kinds)}')
+            raise ModelError(
+                f'{path}: "{name}" is {type(value).__name__}, not {" or ".join(k.__name__ for k in kinds)}'
+            )
         return value
 
     none = type(None)

@@ -21,7 +21,10 @@ from bnctl.errors import ModelError, UsageError
 BUNDLE_JSON = "bnctl.json"
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth")
 
-_FACTORY = re.compile(r"(?P<module>[^\W\d]\w*(?:\.[^\W\d]\w*)*):(?P<attr>[^\W\d]\w*(?:\.[^\W\d]\w*)*)(?:@(?P<weights>.+))?")
+_FACTORY = re.compile(
+    r"(?P<module>[^\W\d]\w*(?:\.[^\W\d]\w*)*):(?P<attr>[^\W\d]\w*(?:\.[^\W\d]\w*)*)(?:@(?P<weights>.+))?"
+)
+_KINDS = "a .onnx or .pt2 file, a bundle folder, or package.module:callable"
 _PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle", ".th")
 
 
@@ -121,7 +124,7 @@ def require_file(path: Path) -> Path:
         return path
     if path.exists():
         raise ModelError(f"{path} is not a regular file")
-    raise ModelError(f"{path}: no such file", hint=_near(path))
+    raise ModelError(f"{path}: no such file", hint=_near(path) or _KINDS)
 
 
 def _weights(path: Path) -> Path:
@@ -154,20 +157,22 @@ def _not_a_model(path: Path, word: str) -> ModelError:
     if path.exists():
         return ModelError(
             f"{word}: not a kind of model that bnctl reads",
-            hint="a .onnx or .pt2 file, a bundle folder, or package.module:callable",
+            hint=_KINDS,
         )
-    module, dot, attr = word.rpartition(".")
-    if dot and module.replace(".", "").isidentifier() and attr.isidentifier():
-        return ModelError(f"{word}: no such file", hint=f"a factory is written with a colon: {module}:{attr}")
-    return ModelError(f"{word}: no such file or folder", hint=_near(path))
+    return ModelError(f"{word}: no such file or folder", hint=_near(path) or _as_factory(word) or _KINDS)
 
 
-def _near(path: Path) -> str:
+def _as_factory(word: str) -> str | None:
+    module, _, attr = word.rpartition(".")
+    if module.replace(".", "").isidentifier() and attr.isidentifier():
+        return f"a factory is written with a colon: {module}:{attr}"
+    return None
+
+
+def _near(path: Path) -> str | None:
     try:
         names = sorted(entry.name for entry in path.parent.iterdir() if not entry.name.startswith("."))
     except OSError:
         return f"the folder {path.parent} does not exist either"
     close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.6)
-    if close:
-        return "did you mean " + ", ".join(str(path.parent / name) for name in close) + "?"
-    return "a .onnx or .pt2 file, a bundle folder, or package.module:callable"
+    return "did you mean " + ", ".join(str(path.parent / name) for name in close) + "?" if close else None

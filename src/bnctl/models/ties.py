@@ -12,19 +12,19 @@ if TYPE_CHECKING:
 
 def named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     """Every parameter and buffer by every name it has, buffers that are not in the state dict included."""
-    return dict(
-        [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)],
-    )
+    return dict([*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)])
 
 
 def find_ties(module: nn.Module) -> dict[str, str]:
-    """Map every further name of a tied parameter or buffer to its first name."""
+    """Map every further name of a tied tensor of the state dict to its first name."""
+    tensors = named_tensors(module)
     first: dict[int, str] = {}
     ties: dict[str, str] = {}
-    for name, tensor in named_tensors(module).items():
-        original = first.setdefault(id(tensor), name)
-        if original != name:
-            ties[name] = original
+    for name in module.state_dict():
+        if name in tensors:  # extra state is in the state dict and no tensor
+            original = first.setdefault(id(tensors[name]), name)
+            if original != name:
+                ties[name] = original
     return ties
 
 

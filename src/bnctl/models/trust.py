@@ -25,7 +25,7 @@ import re
 import site
 import sys
 import sysconfig
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ def _check_timm_name(factory: str, args: Mapping[str, Any]) -> None:
         raise _untrusted(factory, "with checkpoint_path reads another file")
 
 
-def _check_no_download(factory: str, builder: Callable[..., Any], args: Mapping[str, Any]) -> None:
+def _check_no_download(factory: str, builder: Any, args: Mapping[str, Any]) -> None:
     """Every argument on pretrained weights, given or by default, must be off."""
     defaults = {name: p.default for name, p in inspect.signature(builder).parameters.items()}
     for name, value in {**defaults, **args}.items():
@@ -123,7 +123,12 @@ def _is_installed(root: str) -> bool:
     spec = module.__spec__ if module is not None else importlib.util.find_spec(root)
     if spec is None or spec.origin is None:
         return False
-    folders = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages(), site.getusersitepackages()}
+    folders = {
+        sysconfig.get_path("purelib"),
+        sysconfig.get_path("platlib"),
+        *site.getsitepackages(),
+        site.getusersitepackages(),
+    }
     package = Path(spec.origin).parent.parent.resolve()
     return any(package == Path(folder).resolve() for folder in folders)
 

@@ -14,7 +14,7 @@ import numpy as np
 from bnctl.codes import Obstacle
 from bnctl.graph.affine import AffineMap
 from bnctl.graph.graph import Graph, Node, Slot
-from bnctl.graph.ops import Affine
+from bnctl.graph.ops import Affine, Norm
 from bnctl.plan.backward import backward
 from bnctl.plan.forward import forward
 from bnctl.plan.moves import Absorb
@@ -98,7 +98,7 @@ def plan_fold(graph: Graph, *, selected: Callable[[str], bool] = lambda name: Tr
         open_sites = left
     return FoldPlan(
         sites=tuple(
-            _report(name, sites[name], into, reasons) for name in sites if name in into or _is_norm(sites[name])
+            _report(name, sites[name], into, reasons) for name in sites if name in into or any(map(_is_norm, sites[name]))
         ),
         edits=tuple(draft.edits()),
         removed=tuple(node for name in into for node in sites[name]),
@@ -107,16 +107,19 @@ def plan_fold(graph: Graph, *, selected: Callable[[str], bool] = lambda name: Tr
 
 
 def _sites(graph: Graph) -> dict[str, list[Node]]:
-    """Affine nodes by layer, in order of execution. A factor that is the same for all channels is no site: it costs nothing that folding could save."""
+    """Affine and BatchNorm layers, all calls of each, in order of execution.
+
+    A factor that is the same for all channels is no site: it costs nothing that folding could save.
+    """
     found: dict[str, list[Node]] = {}
     for node in graph.nodes:
-        if isinstance(node.op, Affine) and (node.op.norm or max(node.op.map.shape, default=1) > 1):
+        if _is_norm(node) or (isinstance(node.op, Affine) and max(node.op.map.shape, default=1) > 1):
             found.setdefault(node.layer, []).append(node)
     return found
 
 
-def _is_norm(nodes: list[Node]) -> bool:
-    return any(isinstance(node.op, Affine) and node.op.norm for node in nodes)
+def _is_norm(node: Node) -> bool:
+    return (isinstance(node.op, Affine) and node.op.norm) or (isinstance(node.op, Norm) and node.op.obstacle is not None)
 
 
 def _report(name: str, nodes: list[Node], into: dict[str, tuple[str, ...]], reasons: dict[str, Obstacle]) -> Site:
@@ -149,8 +152,8 @@ class _Draft:
     def fold(self, nodes: list[Node]) -> tuple[str, ...] | Obstacle:
         """Fold all calls of a layer, or none: names of the layers that absorb it, or the reason."""
         for node in nodes:
-            if node.obstacle:
-                return node.obstacle
+            if obstacle := node.obstacle or getattr(node.op, "obstacle", None):
+                return obstacle
             if not self._map(node).finite:
                 return Obstacle("BN115", "scale or shift is not finite")
         back = self._try(nodes, self._back)

@@ -1,0 +1,108 @@
+"""Structural edits of a module tree, as JSON: what a bundle records so that the user's own class can be rebuilt with them.
+
+| edit | does |
+|---|---|
+| `{"edit": "remove", "module": "bn1", "tail": [...]}` | replaces the module by what is kept of it; nothing kept: an Identity |
+| `{"edit": "bias", "module": "conv1"}` | gives a layer without bias a bias of zeros |
+| `{"edit": "untie", "parameter": "conv2.weight"}` | gives a shared parameter a copy of its own |
+| `{"edit": "insert", "module": "conv1", "norm": "BatchNorm2d", "features": 64, "eps": 1e-05}` | hangs a norm below a layer |
+
+Values come from the state dict, never from an edit.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from bnctl.engines.torch.layers import INSERTED, LastAxisBatchNorm, Pointwise, attach_norm, detach_norm, inserted_norm
+from bnctl.engines.torch.removal import POINTWISE, Removal
+from bnctl.errors import ModelError
+
+Edit = dict[str, Any]
+
+NORMS: dict[str, type[nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d]] = {
+    "BatchNorm1d": nn.BatchNorm1d,
+    "BatchNorm2d": nn.BatchNorm2d,
+    "BatchNorm3d": nn.BatchNorm3d,
+    "LastAxisBatchNorm": LastAxisBatchNorm,
+}
+
+
+def apply_edits(model: nn.Module, edits: Iterable[Mapping[str, Any]]) -> None:
+    """Carry out edits in place, in order.
+
+    Raises:
+        ModelError: an edit is not of a known kind, or names a module that the model does not have.
+    """
+    for edit in edits:
+        try:
+            _APPLY[edit["edit"]](model, edit)
+        except (KeyError, AttributeError, TypeError, ValueError) as error:
+            raise ModelError(
+                f"cannot apply the edit {dict(edit)}: {error}", hint="the model that the factory builds is not the one that was edited"
+            ) from error
+
+
+def removal_edit(removal: Removal) -> Edit:
+    """The edit that takes out an affine layer."""
+    tail = [{"child": s.child} if s.child is not None else {"op": s.op, "args": list(s.args[0]), "kwargs": dict(s.args[1])} for s in removal.tail]
+    return {"edit": "remove", "module": removal.path, "tail": tail}
+
+
+def _remove(model: nn.Module, edit: Mapping[str, Any]) -> None:
+    path = edit["module"]
+    old = model.get_submodule(path)
+    parent_path, _, name = path.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    if name == INSERTED and inserted_norm(parent) is old:
+        detach_norm(parent)
+        return
+    steps = OrderedDict((_step_name(step, i), _kept(old, step)) for i, step in enumerate(edit.get("tail", ())))
+    new: nn.Module = nn.Sequential(steps) if steps else nn.Identity()
+    new.train(old.training)
+    for module in model.modules():  # a module may hang at several places
+        for key, child in module._modules.items():
+            if child is old:
+                module._modules[key] = new
+
+
+def _step_name(step: Mapping[str, Any], position: int) -> str:
+    return str(step["child"]) if "child" in step else f"op{position}"
+
+
+def _kept(old: nn.Module, step: Mapping[str, Any]) -> nn.Module:
+    if "child" in step:
+        return old.get_submodule(step["child"])
+    if step["op"] not in POINTWISE:
+        raise ValueError(f"{step['op']} is not an elementwise operator that bnctl keeps")
+    return Pointwise(step["op"], tuple(step["args"]), step["kwargs"])
+
+
+def _bias(model: nn.Module, edit: Mapping[str, Any]) -> None:
+    layer = model.get_submodule(edit["module"])
+    weight = layer.get_parameter("weight")
+    features = layer.out_channels if hasattr(layer, "out_channels") else layer.out_features
+    bias = nn.Parameter(torch.zeros(int(features), dtype=weight.dtype, device=weight.device), requires_grad=weight.requires_grad)  # type: ignore[arg-type]
+    layer.register_parameter("bias", bias)
+
+
+def _untie(model: nn.Module, edit: Mapping[str, Any]) -> None:
+    path, _, name = edit["parameter"].rpartition(".")
+    owner = model.get_submodule(path)
+    old = owner.get_parameter(name)
+    owner.register_parameter(name, nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad))
+
+
+def _insert(model: nn.Module, edit: Mapping[str, Any]) -> None:
+    layer = model.get_submodule(edit["module"])
+    weight = layer.get_parameter("weight")
+    norm = NORMS[edit["norm"]](int(edit["features"]), eps=float(edit["eps"]), momentum=edit.get("momentum", 0.1))
+    attach_norm(layer, norm.to(device=weight.device, dtype=weight.dtype).train(layer.training))
+
+
+_APPLY = {"remove": _remove, "bias": _bias, "untie": _untie, "insert": _insert}

@@ -1,0 +1,148 @@
+"""The torch engine: capture by execution, surgery on a copy of the user's own module."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+
+from bnctl.engines import Captured
+from bnctl.engines.torch.calibrate import output_moments
+from bnctl.engines.torch.edits import apply_edits
+from bnctl.engines.torch.layers import inserted_norm
+from bnctl.engines.torch.lift import Lifted, lift
+from bnctl.engines.torch.record import record
+from bnctl.engines.torch.relayer import give_layers_back
+from bnctl.engines.torch.surgery import apply_fold
+from bnctl.errors import ModelError
+from bnctl.numerics.batchnorm import identity_parameters
+from bnctl.plan.fold import FoldPlan
+from bnctl.plan.insert import InsertSite
+from bnctl.runtime.tensors import as_tensors
+
+if TYPE_CHECKING:
+    from bnctl.data.batches import Batch
+    from bnctl.models.model import Model
+    from bnctl.numerics.moments import Moments
+
+
+@dataclass(frozen=True, eq=False)
+class _Native:
+    """A copy of the module to work on, and its lifted graph."""
+
+    module: nn.Module
+    lifted: Lifted
+
+
+class TorchEngine:
+    """See :class:`bnctl.engines.Engine`."""
+
+    last_axis = True
+
+    def capture(self, model: Model, batch: Batch) -> Captured:
+        """Run a copy of the module once on the batch and lift what happened.
+
+        A model in training mode is put in eval mode; in a model in eval mode, a layer that was left in training mode stays so, and is refused as a site.
+
+        Raises:
+            ModelError: the model cannot be copied, or fails on the batch.
+        """
+        module = copy_module(model.native, model.word)
+        if module.training:
+            module.eval()
+        args, kwargs = as_tensors(batch, module)
+        with keeping_buffers(module), torch.random.fork_rng(devices=[]):
+            try:
+                trace = record(module, args, kwargs)
+            except Exception as error:
+                raise ModelError(
+                    f"{model.word} fails on the example input: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}",
+                    hint="give the shapes that the model takes with --input, or real data with --data",
+                ) from error
+        lifted = lift(trace)
+        return Captured(model, lifted.graph, _Native(module, lifted))
+
+    def fold(self, captured: Captured, plan: FoldPlan) -> Model:
+        """Fold on the copy that was captured; call it once."""
+        native: _Native = captured.native
+        edits = apply_fold(native.module, native.lifted, plan)
+        return _edited(captured.model, native.module, edits)
+
+    def calibrate(self, captured: Captured, sites: Sequence[InsertSite], batches: Iterable[Batch]) -> Mapping[str, Moments]:
+        """Moments of the outputs of layers, all calls of a layer together."""
+        return output_moments(captured.native.module, {site.name: _channel_axis(site) for site in sites}, batches)
+
+    def insert(self, captured: Captured, sites: Sequence[InsertSite], moments: Mapping[str, Moments], eps: float) -> Model:
+        """Hang an identity BatchNorm below each layer; names of all other parameters stay."""
+        module: nn.Module = captured.native.module
+        edits = [{"edit": "insert", "module": s.name, "norm": _norm_name(s), "features": s.features, "eps": eps} for s in sites]
+        apply_edits(module, edits)
+        for site in sites:
+            norm = inserted_norm(module.get_submodule(site.name))
+            assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
+            _make_identity(norm, moments[site.name])
+        _restore_mode(module, captured.model.native)
+        return _edited(captured.model, module, edits)
+
+
+def copy_module(module: Any, name: str) -> nn.Module:
+    """A deep copy; an exported graph gets its layers back on the way.
+
+    Raises:
+        ModelError: the module cannot be copied.
+    """
+    try:
+        copied: nn.Module = copy.deepcopy(module)
+    except Exception as error:
+        raise ModelError(
+            f"{name} cannot be copied: {type(error).__name__}: {error}", hint="detach tensors that the module keeps as plain attributes"
+        ) from error
+    return give_layers_back(copied) if isinstance(copied, fx.GraphModule) else copied
+
+
+@contextmanager
+def keeping_buffers(module: nn.Module) -> Iterator[None]:
+    """Put every buffer back afterwards: a layer left in training mode updates its statistics when it runs."""
+    kept = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in module.named_buffers():
+                if name in kept and kept[name].shape == buffer.shape:
+                    buffer.copy_(kept[name])
+
+
+def _edited(model: Model, module: nn.Module, edits: list[dict[str, Any]]) -> Model:
+    origin = model.origin.edited(*edits) if model.origin is not None else None
+    return replace(model, native=module, origin=origin, program=None)
+
+
+def _channel_axis(site: InsertSite) -> int:
+    return -1 if site.spatial is None else 1
+
+
+def _norm_name(site: InsertSite) -> str:
+    return "LastAxisBatchNorm" if site.spatial is None else f"BatchNorm{max(site.spatial, 1)}d"
+
+
+def _make_identity(norm: nn.modules.batchnorm._BatchNorm, moments: Moments) -> None:
+    """Statistics are stored in the layer's dtype; gamma and beta are computed from what was stored, so that nothing is lost twice."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    with torch.no_grad():
+        norm.running_mean.copy_(torch.from_numpy(moments.mean))
+        norm.running_var.copy_(torch.from_numpy(moments.variance()))
+        gamma, beta = identity_parameters(norm.running_mean.double().cpu().numpy(), norm.running_var.double().cpu().numpy(), norm.eps)
+        norm.weight.copy_(torch.from_numpy(gamma))
+        norm.bias.copy_(torch.from_numpy(beta))
+
+
+def _restore_mode(module: nn.Module, original: Any) -> None:
+    modes = {name: m.training for name, m in original.named_modules()}
+    for name, part in module.named_modules():
+        part.training = modes.get(name, modes.get(name.rpartition(".")[0], original.training))

@@ -1,0 +1,222 @@
+"""From a recorded forward pass to the normalised graph.
+
+Operators are translated by the table in :mod:`bnctl.engines.torch.translate`; this file resolves values, parameters and layers around it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from bnctl.codes import Obstacle
+from bnctl.engines.torch.layers import inserted_norm
+from bnctl.engines.torch.record import ALIASED_WRITE, ModuleCall, OpCall, Ref, Trace
+from bnctl.engines.torch.removal import Removal, analyse
+from bnctl.engines.torch.translate import PARAMETER_ARGUMENTS, Operands, Translated, translate
+from bnctl.graph import ops
+from bnctl.graph.graph import Graph, Node, Slot, Value
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Lifted:
+    """The graph of a torch model, and the way back.
+
+    Args:
+        graph: the normalised graph.
+        removals: how to take out each affine layer, by layer name.
+    """
+
+    graph: Graph
+    removals: dict[str, Removal]
+
+
+def to_numpy(tensor: Tensor) -> Array:
+    """Any float tensor as float64 on the CPU."""
+    return tensor.detach().to(device="cpu", dtype=torch.float64).numpy()
+
+
+def lift(trace: Trace) -> Lifted:
+    """Translate a trace."""
+    return _Lifter(trace).lift()
+
+
+class _Lifter(Operands):
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self.arrays: dict[int, Array] = {}
+        self.numbers = {id(call): number for number, call in enumerate(trace.ops)}
+        self.inner = _ops_within(trace)
+        self.foreign_reads = self._reads_outside_slots()
+
+    # What the translation table asks for.
+
+    def constant(self, item: Any) -> Array | None:
+        """The value of a number or of a tensor that derives from parameters alone; None for anything that depends on the input."""
+        if isinstance(item, (int, float)) and not isinstance(item, bool):
+            return np.asarray(float(item))
+        if isinstance(item, Ref) and item.value in self.trace.tensors:
+            if item.value not in self.arrays:
+                tensor = self.trace.tensors[item.value]
+                if not tensor.is_floating_point() and tensor.dtype not in {torch.int32, torch.int64}:
+                    return None
+                self.arrays[item.value] = to_numpy(tensor)
+            return self.arrays[item.value]
+        return None
+
+    def shape(self, item: Any) -> tuple[int, ...]:
+        """Sizes of a tensor argument."""
+        return self.trace.info[item.value].shape if isinstance(item, Ref) else ()
+
+    def weight(self, item: Any, call: OpCall) -> Slot | None:
+        """The slot of a weight, or None where the weight depends on the input."""
+        if not isinstance(item, Ref) or item.value not in self.trace.tensors:
+            return None
+        names = self.trace.parameters.get(item.value)
+        shape = self.shape(item)
+        if names is None:
+            kind = Obstacle("BN108", f"the weight of {self.layer(call)} is computed in every pass")
+            return Slot(f"computed:{item.value}", shape, obstacle=kind)
+        prefix = f"{call.within.path}." if call.within.path else ""
+        key = next((n for n in names if n.rpartition(".")[0] == (call.within.path or "") and n.startswith(prefix)), names[0])
+        obstacle = None
+        if item.value in self.foreign_reads:
+            obstacle = Obstacle("BN106", f"{key} is also read by {self.foreign_reads[item.value]}")
+        return Slot(key, shape, names[0], obstacle)
+
+    def bias(self, item: Any, weight: Slot | None, call: OpCall) -> Slot | None:
+        """The slot of a bias; an empty one where the layer is a plain module without bias; None where there is no room for one."""
+        if item is not None:
+            return self.weight(item, call)
+        module, path = call.within.module, call.within.path
+        plain = isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) and getattr(module, "bias", 0) is None
+        if weight is not None and path is not None and plain and weight.key == _join(path, "weight"):
+            return Slot(_join(path, "bias"), None)
+        return None
+
+    def layer(self, call: OpCall) -> str:
+        """The layer that the user knows: the path of the innermost module, or the operator's own name within the model."""
+        return call.within.path or call.op.removeprefix("aten.").split(".")[0]
+
+    # The way through the trace.
+
+    def lift(self) -> Lifted:
+        nodes: list[Node] = []
+        removals: dict[str, Removal] = {}
+        swallowed: set[int] = set()
+        for call in self.trace.ops:
+            number = self.numbers[id(call)]
+            if number in swallowed or (call.outputs and all(v in self.trace.tensors for v in call.outputs)):
+                continue
+            node = self._node(call)
+            if isinstance(node.op, ops.Affine):
+                node, parts = self._layer_of(node, call, removals)
+                swallowed |= parts
+            nodes.append(node)
+        graph = Graph(tuple(nodes), self._values(nodes), tuple(self.trace.inputs), tuple(self.trace.outputs), type(self.trace.root).__name__)
+        return Lifted(graph, removals)
+
+    def _node(self, call: OpCall) -> Node:
+        number = self.numbers[id(call)]
+        if call.op == ALIASED_WRITE:
+            return Node(number, ops.Opaque("a write in place"), self.layer(call), call.inputs, call.outputs)
+        found = translate(call, self) or Translated(ops.Opaque(call.op))
+        read = call.inputs if found.reads is None else tuple(call.args[i].value for i in found.reads)
+        data = tuple(v for v in read if v not in self.trace.tensors)
+        name = self._owner_of_statistics(call) if isinstance(found.op, ops.Norm) and found.op.obstacle else None
+        obstacle = self._no_layer_of_its_own(call) if isinstance(found.op, ops.LinearOp) else None
+        return Node(number, found.op, name or self.layer(call), data, call.outputs, found.weight, found.bias, obstacle)
+
+    def _layer_of(self, node: Node, call: OpCall, removals: dict[str, Removal]) -> tuple[Node, set[int]]:
+        """The affine layer that an affine operator belongs to, as one node, and the operators that it consists of."""
+        within = call.within
+        found = analyse(within, self.inner[within], self._node, self.trace) if within.path else None
+        if found is None or call not in found[0].calls:
+            place = within.path or "the model itself"
+            obstacle = Obstacle("BN109", f"computed in the forward of {place}, which also does other things")
+            name = self._owner_of_statistics(call) or f"{node.layer}#{node.id}"
+            return replace(node, layer=name, obstacle=obstacle), set()
+        head, removal = found
+        assert isinstance(node.op, ops.Affine)
+        single = len(head.calls) == 1
+        op = replace(node.op, map=head.map, norm=node.op.norm or _is_norm(within.module))
+        obstacle = Obstacle("BN107", f"{within.path} has a hook") if _hooked(within.module) else None
+        if removals.setdefault(removal.path, removal) != removal:
+            obstacle = Obstacle("BN109", f"{removal.path} does different things in different calls")
+        slots = (node.weight, node.bias) if single else (None, None)
+        whole = Node(node.id, op, removal.path, (head.source,), (head.result,), *slots, obstacle)
+        return whole, {self.numbers[id(c)] for c in head.calls}
+
+    def _no_layer_of_its_own(self, call: OpCall) -> Obstacle | None:
+        """Whether a norm can be hung behind a linear operator: its output must be the output of a module that stores its weight."""
+        within = call.within
+        if within.path is not None and within.outputs == list(call.outputs) and "weight" in dict(within.module.named_parameters(recurse=False)):
+            return None
+        return Obstacle("BN206", f"{call.op} is computed in the forward of {within.path or 'the model itself'}")
+
+    def _owner_of_statistics(self, call: OpCall) -> str | None:
+        """The module that owns the running mean of a BatchNorm, wherever it is computed."""
+        refs = [item for item in call.args if isinstance(item, Ref)]
+        names = [name for item in refs for name in self.trace.parameters.get(item.value, ()) if name.endswith("running_mean")]
+        return names[0].rpartition(".")[0] if names else None
+
+    def _reads_outside_slots(self) -> dict[int, str]:
+        """Parameters that some operator reads in a way that no slot covers: they must keep their values."""
+        found: dict[int, str] = {}
+        for call in self.trace.ops:
+            own = {call.args[i] for i in PARAMETER_ARGUMENTS.get(call.op, ()) if i < len(call.args) and isinstance(call.args[i], Ref)}
+            for value in call.inputs:
+                if value in self.trace.parameters and Ref(value) not in own:
+                    found[value] = f"{call.op} in {self.layer(call)}"
+        return found
+
+    def _values(self, nodes: list[Node]) -> dict[int, Value]:
+        observed: dict[int, Obstacle] = {}
+        for value in self.trace.held:
+            observed[value] = Obstacle("BN107", "the tensor is kept after the pass, by a hook or an attribute")
+        for call in self.trace.modules:
+            if _hooked(call.module):
+                for value in (*call.inputs, *call.outputs):
+                    observed[value] = Obstacle("BN107", f"a hook of {call.path} sees it")
+        for value in self.trace.outputs:
+            observed[value] = Obstacle("BN102", "it is an output of the model")
+        names = {v: f"the output of {n.layer}" for n in nodes for v in n.outputs}
+        names |= dict.fromkeys(self.trace.inputs, "the input")
+        used = {v for n in nodes for v in (*n.inputs, *n.outputs)} | set(self.trace.inputs) | set(self.trace.outputs)
+        info = self.trace.info
+        return {
+            v: Value(v, names.get(v, f"value {v}"), info[v].shape, str(info[v].dtype).removeprefix("torch."), observed.get(v)) for v in sorted(used)
+        }
+
+
+def _ops_within(trace: Trace) -> dict[ModuleCall, list[OpCall]]:
+    """Operator calls in each module call, those of its children included, in order."""
+    found: dict[ModuleCall, list[OpCall]] = defaultdict(list)
+    for call in trace.ops:
+        within: ModuleCall | None = call.within
+        while within is not None:
+            found[within].append(call)
+            within = within.parent
+    return found
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Forward hooks that bnctl did not put there itself."""
+    ours = inserted_norm(module) is not None
+    forward = len(module._forward_hooks) - (1 if ours else 0)
+    return bool(forward or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._NormBase) or "norm" in type(module).__name__.lower()
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name

@@ -1,0 +1,254 @@
+"""Capture by execution: run the model once and write down which operator read which tensor.
+
+Symbolic tracing fails on control flow and ``torch.export`` on data-dependent shapes; one run under a ``TorchDispatchMode`` records any model that runs at all.
+Operators are seen below autograd, before composite ones are taken apart: ``aten.linear`` and not ``t, addmm, view``.
+
+Tensors are followed by identity. A tensor written in place is a new *version* of its value; other living tensors over the same storage get new versions too,
+made by a pseudo-operator that reads both, so that a write through a view is a further reader of its base. A tensor that outlives the pass (an output, a
+feature that a hook keeps, a cache) has been seen by somebody: it is *held*.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+ALIASED_WRITE = "bnctl.aliased_write"
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Stands for a tensor in recorded arguments."""
+
+    value: int
+
+
+@dataclass(eq=False)
+class ModuleCall:
+    """One call of a module; ``parent`` is the call it happened in."""
+
+    module: nn.Module
+    path: str | None
+    parent: ModuleCall | None
+    inputs: list[int]
+    outputs: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, eq=False)
+class OpCall:
+    """One call of an operator. ``args`` and ``kwargs`` hold :class:`Ref` where tensors were."""
+
+    op: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    within: ModuleCall
+    random: bool
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a value."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(eq=False)
+class Trace:
+    """The record of one forward pass.
+
+    Args:
+        ops: operator calls in order.
+        modules: module calls in order.
+        info: shape and dtype per value.
+        parameters: values that are parameters or buffers, with all the names of each.
+        tensors: the tensors of values that derive from parameters alone.
+        inputs: values of the model's inputs.
+        outputs: values of the model's outputs.
+        held: values of tensors that outlive the pass.
+        result: what the model returned.
+    """
+
+    root: nn.Module
+    ops: list[OpCall] = field(default_factory=list)
+    modules: list[ModuleCall] = field(default_factory=list)
+    info: list[TensorInfo] = field(default_factory=list)
+    parameters: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    tensors: dict[int, Tensor] = field(default_factory=dict)
+    inputs: list[int] = field(default_factory=list)
+    outputs: list[int] = field(default_factory=list)
+    held: set[int] = field(default_factory=set)
+    result: Any = None
+
+
+def record(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Trace:
+    """Run the model once and record it. The model's mode (train or eval) is left as it is.
+
+    Raises:
+        Exception: whatever the model raises.
+    """
+    recorder = _Recorder(model)
+    kwargs = dict(kwargs or {})
+    recorder.trace.inputs = [recorder.value_of(t) for t in tensors_in((args, kwargs))]
+    with torch.no_grad(), torch._C._AutoDispatchBelowAutograd(), recorder.watching_modules(), recorder:
+        result = model(*args, **kwargs)
+    recorder.finish(result)
+    return recorder.trace
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """All tensors in nested tuples, lists, mappings, dataclasses and plain objects, in order, each once."""
+    found: dict[int, Tensor] = {}
+    seen: set[int] = set()
+    todo = [tree]
+    while todo:
+        item = todo.pop()
+        if isinstance(item, Tensor):
+            found.setdefault(id(item), item)
+        elif id(item) not in seen and not isinstance(item, (str, bytes, int, float, bool, type(None), nn.Module, type)):
+            seen.add(id(item))
+            todo.extend(reversed(list(_children(item))))
+    return list(found.values())
+
+
+def _children(item: Any) -> Iterator[Any]:
+    if isinstance(item, Mapping):
+        yield from item.values()
+    elif isinstance(item, (tuple, list, set, frozenset)):
+        yield from item
+    elif is_dataclass(item):
+        yield from (getattr(item, f.name) for f in fields(item))
+    elif hasattr(item, "__dict__"):
+        yield from vars(item).values()
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.trace = Trace(model)
+        self.paths = {id(module): path for path, module in model.named_modules()}
+        self.top = ModuleCall(model, None, None, [])
+        self.current = self.top
+        self.versions = WeakTensorKeyDictionary()
+        self.storages: dict[int, WeakTensorKeyDictionary] = {}
+        names: dict[int, list[str]] = {}
+        self.stored: dict[int, Tensor] = {}
+        for name, tensor in _named_tensors(model):
+            names.setdefault(id(tensor), []).append(name)
+            self.stored[id(tensor)] = tensor
+        self.names = {key: tuple(found) for key, found in names.items()}
+
+    def new_value(self, tensor: Tensor) -> int:
+        """Give the tensor a new version."""
+        value = len(self.trace.info)
+        self.trace.info.append(TensorInfo(tuple(tensor.shape), tensor.dtype))
+        self.versions[tensor] = value
+        if tensor.layout == torch.strided:
+            self.storages.setdefault(tensor.untyped_storage()._cdata, WeakTensorKeyDictionary())[tensor] = True
+        return value
+
+    def value_of(self, tensor: Tensor) -> int:
+        """The tensor's current version; a tensor not seen before is a parameter, an input, or comes from outside."""
+        value: int | None = self.versions.get(tensor)
+        if value is None:
+            value = self.new_value(tensor)
+            if id(tensor) in self.names:
+                self.trace.parameters[value] = self.names[id(tensor)]
+                self.trace.tensors[value] = tensor
+        return value
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        before = tensors_in((args, kwargs))
+        inputs = tuple(self.value_of(t) for t in before)
+        recorded_args, recorded_kwargs = self._with_refs(args), self._with_refs(kwargs)
+        result = func(*args, **kwargs)
+        written = _written(func, args, kwargs) if func._schema.is_mutable else []
+        known = {id(t) for t in before}
+        fresh = [t for t in tensors_in(result) if id(t) not in known]
+        if not fresh and not written and tensors_in(result):
+            return result  # the operator handed back its input: nothing happened
+        changed = [t for t in before if id(t) in {id(w) for w in written}]
+        outputs = tuple(self.new_value(t) for t in (*changed, *fresh))
+        call = OpCall(str(func), recorded_args, recorded_kwargs, inputs, outputs, self.current, torch.Tag.nondeterministic_seeded in func.tags)
+        self.trace.ops.append(call)
+        if inputs and not call.random and not changed and all(v in self.trace.tensors for v in inputs):
+            self.trace.tensors.update(zip(outputs, fresh, strict=True))
+        for tensor in changed:
+            self._touch_aliases(tensor)
+        return result
+
+    def _with_refs(self, tree: Any) -> Any:
+        if isinstance(tree, Tensor):
+            return Ref(self.versions[tree])
+        if isinstance(tree, (tuple, list)):
+            return type(tree)(self._with_refs(item) for item in tree)
+        if isinstance(tree, dict):
+            return {key: self._with_refs(item) for key, item in tree.items()}
+        return tree
+
+    def _touch_aliases(self, tensor: Tensor) -> None:
+        """Every other living tensor over the written storage becomes a new value that depends on the write."""
+        storage = tensor.untyped_storage()._cdata if tensor.layout == torch.strided else None
+        stored = [t for t in self.stored.values() if storage is not None and t.layout == torch.strided and t.untyped_storage()._cdata == storage]
+        others = [*self.storages.get(storage or 0, {}).keys(), *stored]
+        for other in {id(t): t for t in others if t is not tensor and t.untyped_storage()._cdata == storage}.values():
+            inputs = (self.value_of(other), self.value_of(tensor))
+            self.trace.ops.append(OpCall(ALIASED_WRITE, (), {}, inputs, (self.new_value(other),), self.current, False))
+
+    @contextmanager
+    def watching_modules(self) -> Iterator[None]:
+        """Follow which module is running, without touching the modules themselves."""
+
+        def enter(module: nn.Module, args: Any) -> None:
+            inputs = [self.value_of(t) for t in tensors_in(args)]
+            self.current = ModuleCall(module, self.paths.get(id(module)), self.current, inputs)
+            self.trace.modules.append(self.current)
+
+        def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            self.current.outputs = [self.value_of(t) for t in tensors_in(output)]
+            self.current.inputs += [v for t in tensors_in(kwargs) if (v := self.value_of(t)) not in self.current.inputs]
+            self.current = self.current.parent or self.top
+
+        handles = [
+            register_module_forward_pre_hook(enter),
+            register_module_forward_hook(leave, with_kwargs=True),  # type: ignore[call-arg, unused-ignore]
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def finish(self, result: Any) -> None:
+        """Note the outputs, and what else outlives the pass."""
+        self.trace.result = result
+        self.trace.outputs = [self.value_of(t) for t in tensors_in(result)]
+        gc.collect()
+        self.trace.held = {v for t, v in self.versions.items() if id(t) not in self.names and v not in self.trace.tensors} - set(self.trace.inputs)
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Tensors that the operator's schema says it writes."""
+    written: list[Tensor] = []
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = args[position] if position < len(args) else kwargs.get(argument.name)
+            written += tensors_in(given)
+    return written

@@ -1,0 +1,85 @@
+"""From a MODEL word to a model in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bnctl.errors import UsageError
+from bnctl.models.digest import sha256_file
+from bnctl.models.model import Model
+from bnctl.models.origin import Origin
+from bnctl.models.spec import BundleWord, FactoryWord, ModelWord, OnnxWord, Pt2Word, parse_model_word
+
+
+def open_model(
+    word: str | ModelWord,
+    *,
+    weights: str | Path | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    trust: bool = False,
+    trusted_factories: Sequence[str] = (),
+    factory: str | Callable[..., Any] | None = None,
+) -> Model:
+    """Open what a MODEL word names.
+
+    Args:
+        word: as on the command line, or parsed already.
+        weights: for a factory that names none itself.
+        model_args: keyword arguments of a factory; not used by the other kinds.
+        trust: let files that can run code do so (`.pt2`, bundles).
+        trusted_factories: patterns of factories that a bundle may name, from the user's configuration.
+        factory: what to build a bundle with, instead of what it names.
+
+    Raises:
+        UsageError: `factory` is given for something else than a bundle.
+        ModelError: the model cannot be loaded.
+        UntrustedError: it would run code, and nobody said that it may.
+    """
+    parsed = parse_model_word(word, weights=weights) if isinstance(word, str) else word
+    if factory is not None and not isinstance(parsed, BundleWord):
+        raise UsageError(f"{parsed.word} is not a bundle, so there is no factory to replace")
+    match parsed:
+        case OnnxWord():
+            return _open_onnx(parsed)
+        case Pt2Word():
+            return _open_pt2(parsed, trust)
+        case BundleWord():
+            return _open_bundle(parsed, trust, trusted_factories, factory)
+        case FactoryWord():
+            return _open_factory(parsed, dict(model_args or {}))
+
+
+def _open_onnx(word: OnnxWord) -> Model:
+    from bnctl.models.onnx_file import load_onnx
+
+    return Model("onnx", load_onnx(word.path), word.word, sha256_file(word.path))
+
+
+def _open_pt2(word: Pt2Word, trust: bool) -> Model:
+    from bnctl.models.pt2 import load_pt2
+
+    program = load_pt2(word.path, trust=trust)
+    return Model("torch", program.module(), word.word, sha256_file(word.path), program=program)
+
+
+def _open_bundle(
+    word: BundleWord, trust: bool, trusted_factories: Sequence[str], factory: str | Callable[..., Any] | None
+) -> Model:
+    from bnctl.models.bundle import bundle_sha256, load_bundle
+
+    module, origin = load_bundle(word.path, trust=trust, factory=factory, trusted_factories=trusted_factories)
+    return Model("torch", module, word.word, bundle_sha256(word.path), origin)
+
+
+def _open_factory(word: FactoryWord, args: dict[str, Any]) -> Model:
+    from bnctl.models.factory import build_module, load_weights
+
+    module = build_module(word.factory, args)
+    sha256 = None
+    if word.weights is not None:
+        load_weights(module, word.weights)
+        sha256 = sha256_file(word.weights)
+    origin = Origin(word.factory, args, weights=None if word.weights is None else str(word.weights))
+    return Model("torch", module, word.word, sha256, origin)

@@ -1,0 +1,168 @@
+"""ONNX models, run by ONNX Runtime."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bnctl.errors import ModelError, UsageError
+from bnctl.runtime import onnx_source
+from bnctl.runtime.feeds import InputSpec, dtype_of, match_inputs
+from bnctl.runtime.onnx_source import OnnxSource
+from bnctl.runtime.trace import Trace
+
+if TYPE_CHECKING:
+    import onnxruntime
+    from bnctl.data.batches import Batch
+
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
+_ERRORS_ONLY = 3
+
+
+class OrtRunner:
+    """An ONNX model in an ONNX Runtime session.
+
+    The runtime's graph optimisations are off unless asked for: it rewrites BN itself, and not always exactly, so that
+    a comparison with them on says little about the model in the file. Its threads never spin: a spinning pool of one
+    session takes the core from another.
+
+    Args:
+        model: a path (external data beside it), a serialised model or an ``onnx_ir.Model``.
+        optimised: all graph optimisations on.
+        threads: intra-op threads.
+        device: "cpu" or "cuda".
+        name: what to call the model in errors.
+
+    Raises:
+        ModelError: the runtime cannot load the model.
+        UsageError: this build of the runtime does not know the device.
+    """
+
+    kind: Literal["onnx", "torch"] = "onnx"
+
+    def __init__(
+        self,
+        model: OnnxSource,
+        *,
+        optimised: bool = False,
+        threads: int = 1,
+        device: str = "cpu",
+        name: str | None = None,
+    ) -> None:
+        self.name = name or (str(model) if isinstance(model, (str, Path)) else "the ONNX model")
+        self._source = model
+        self._threads = threads
+        self._device = device
+        self._session = self._open(model, optimised=optimised)
+        self._required = [_spec(i) for i in self._session.get_inputs()]
+        self._optional = [_spec(i) for i in self._session.get_overridable_initializers()]
+
+    @cached_property
+    def precision(self) -> str:
+        """The coarsest float type among the weights."""
+        return onnx_source.precision(self._source)
+
+    def run(self, batch: Batch) -> dict[str, NDArray[Any]]:
+        """Outputs by name, in the model's order. See :meth:`bnctl.runtime.Runner.run`."""
+        values = self._run(self._session, self._feeds(batch))
+        for name, value in values.items():
+            if value is None:
+                raise ModelError(f"{self.name}: output {name!r} is not a tensor", hint="bnctl compares tensors only")
+        return {name: value for name, value in values.items() if value is not None}
+
+    def layers(self, batch: Batch) -> dict[str, NDArray[Any]]:
+        """Values inside the graph by name, in topological order; values inside subgraphs and functions are not seen."""
+        return self.trace(batch).values
+
+    def trace(self, batch: Batch) -> Trace:
+        """Like :meth:`layers`, with what each value was computed from."""
+        exposed = onnx_source.expose(self._source)
+        values = self._run(self._open(exposed.model, optimised=False), self._feeds(batch))
+        inner = {name: values[name] for name in exposed.parents}
+        return Trace({k: v for k, v in inner.items() if v is not None}, exposed.parents, exposed.outputs)
+
+    @contextmanager
+    def prepared(self, batch: Batch) -> Iterator[Callable[[], object]]:
+        """A call that runs the session on inputs that are converted already; outputs stay in the runtime's memory."""
+        feeds = self._feeds(batch)
+        yield lambda: self._session.run_with_ort_values(None, feeds)
+
+    def _feeds(self, batch: Batch) -> dict[str, onnxruntime.OrtValue]:
+        arrays = match_inputs(batch, self._required, self._optional, self.name)
+        return {name: _to_ort(array, self._device) for name, array in arrays.items()}
+
+    def _run(
+        self, session: onnxruntime.InferenceSession, feeds: dict[str, onnxruntime.OrtValue]
+    ) -> dict[str, NDArray[Any] | None]:
+        names = [output.name for output in session.get_outputs()]
+        try:
+            values = session.run_with_ort_values(names, feeds)
+        except Exception as error:  # the runtime's errors share no base class
+            shapes = {name: value.shape() for name, value in feeds.items()}
+            raise ModelError(
+                f"{self.name} fails on inputs of shape {shapes}: {_first_line(error)}",
+                hint="check that the model takes inputs of this shape (a batch size may be fixed inside it)",
+            ) from error
+        return {name: _to_numpy(value) for name, value in zip(names, values, strict=True)}
+
+    def _open(self, model: OnnxSource, *, optimised: bool) -> onnxruntime.InferenceSession:
+        import onnxruntime
+
+        provider = _PROVIDERS.get(self._device)
+        if provider not in onnxruntime.get_available_providers():
+            raise UsageError(
+                f"ONNX Runtime has no device {self._device!r} here",
+                hint="use --device cpu, or install a build of onnxruntime for that device",
+            )
+        options = onnxruntime.SessionOptions()
+        level = onnxruntime.GraphOptimizationLevel
+        options.graph_optimization_level = level.ORT_ENABLE_ALL if optimised else level.ORT_DISABLE_ALL
+        options.intra_op_num_threads = self._threads
+        options.inter_op_num_threads = 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+        options.log_severity_level = _ERRORS_ONLY
+        try:
+            with onnx_source.loadable(model) as source:
+                return onnxruntime.InferenceSession(source, options, providers=[provider])
+        except Exception as error:  # the runtime's errors share no base class
+            raise ModelError(
+                f"ONNX Runtime cannot load {self.name}: {_first_line(error)}",
+                hint="is the file whole, and does this onnxruntime know its opset and types?",
+            ) from error
+
+
+def _spec(node: Any) -> InputSpec:
+    return InputSpec(node.name, dtype_of(node.type), tuple(node.shape))
+
+
+def _to_ort(array: NDArray[Any], device: str) -> onnxruntime.OrtValue:
+    from onnxruntime import OrtValue
+
+    if array.dtype.name == "bfloat16":
+        return OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), _BFLOAT16)
+    return OrtValue.ortvalue_from_numpy(array, device, 0)
+
+
+def _to_numpy(value: onnxruntime.OrtValue) -> NDArray[Any] | None:
+    """The tensor as an array of its own memory; None for what is no tensor. bfloat16 becomes float32."""
+    if not (value.has_value() and value.is_tensor()):
+        return None
+    if value.element_type() != _BFLOAT16:
+        return np.array(value.numpy())
+    shape = value.shape()
+    upper = np.frombuffer((ctypes.c_uint16 * math.prod(shape)).from_address(value.data_ptr()), np.uint16)
+    return (upper.astype(np.uint32) << 16).view(np.float32).reshape(shape)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

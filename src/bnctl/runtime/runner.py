@@ -1,0 +1,89 @@
+"""One face for every model that can be run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from numpy.typing import NDArray
+
+from bnctl.runtime.trace import Trace
+
+if TYPE_CHECKING:
+    from bnctl.data.batches import Batch
+
+    from bnctl.models.model import Model
+
+
+class Runner(Protocol):
+    """A model that can be run on a batch."""
+
+    @property
+    def kind(self) -> Literal["onnx", "torch"]:
+        """The engine that the model belongs to."""
+        ...
+
+    @property
+    def precision(self) -> str:
+        """The coarsest float type among its weights: what the tolerance of a comparison follows from.
+
+        "float64", "float32", "float16" or "bfloat16".
+        """
+        ...
+
+    def run(self, batch: Batch) -> dict[str, NDArray[Any]]:
+        """Outputs by name, in the model's order; nested outputs are flattened ("boxes", "0.scores"), bfloat16 is
+        widened.
+
+        Raises:
+            ModelError: the model does not take these inputs, or fails on them.
+        """
+        ...
+
+    def layers(self, batch: Batch) -> dict[str, NDArray[Any]]:
+        """Outputs of the inner layers by name, in order of execution.
+
+        Raises:
+            ModelError: as for :meth:`run`.
+        """
+        ...
+
+    def trace(self, batch: Batch) -> Trace:
+        """Like :meth:`layers`, with what each value was computed from.
+
+        Raises:
+            ModelError: as for :meth:`run`.
+        """
+        ...
+
+    def prepared(self, batch: Batch) -> AbstractContextManager[Callable[[], object]]:
+        """A call without arguments that runs the model and nothing else: inputs are converted beforehand, for timing.
+
+        Raises:
+            ModelError: as for :meth:`run`.
+        """
+        ...
+
+
+def open_runner(model: Model, *, optimised: bool = False, threads: int = 1, device: str = "cpu") -> Runner:
+    """The runner for a model, by its kind.
+
+    Args:
+        model: an opened model.
+        optimised: let ONNX Runtime rewrite the graph. Off for comparisons: its own rewriting is not always exact.
+        threads: of ONNX Runtime's session; torch has one setting per process, which stays as it is.
+        device: "cpu" or "cuda".
+
+    Raises:
+        ModelError: the runtime refuses the model.
+        UsageError: there is no such device here.
+    """
+    native: Any = model.native
+    if model.kind == "onnx":
+        from bnctl.runtime.ort import OrtRunner
+
+        return OrtRunner(native, optimised=optimised, threads=threads, device=device, name=model.word)
+    from bnctl.runtime.torch import TorchRunner
+
+    return TorchRunner(native, device=device)

@@ -1,0 +1,37 @@
+"""From a batch to the tensors that a module takes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+if TYPE_CHECKING:
+    from bnctl.data.batches import Batch
+
+
+def as_tensors(batch: Batch, module: torch.nn.Module, device: torch.device | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of a module's forward.
+
+    Arrays become tensors on the module's device (or ``device``); a float array takes the type of the module's first float parameter. Tensors of the user
+    keep their type. Nested containers and dataclasses are looked into.
+    """
+    first = next((p for p in module.parameters() if p.is_floating_point()), None)
+    float_type = None if first is None else first.dtype
+    place = device or (torch.device("cpu") if first is None else first.device)
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.to(place)
+        if isinstance(value, np.ndarray):
+            tensor = torch.from_numpy(np.array(value))
+            return tensor.to(place, float_type if tensor.is_floating_point() else None)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            parts = {f.name: pytree.tree_map(convert, getattr(value, f.name)) for f in dataclasses.fields(value)}
+            return dataclasses.replace(value, **parts)
+        return value
+
+    return pytree.tree_map(convert, (tuple(batch.args), dict(batch.kwargs)))  # type: ignore[no-any-return]

@@ -1,0 +1,280 @@
+"""Whether two models compute the same function, and if not, where they part.
+
+Both models run on the same batches. Every output is compared (:mod:`bnctl.numerics.compare`) against the tolerance
+that follows from the coarsest float type of the two models. What proves nothing does not pass: no samples, and a
+baseline whose outputs are all zero, NaN or empty.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bnctl.errors import InputError, ModelError
+from bnctl.numerics.compare import ArrayError, Flips, compare, count_flips
+from bnctl.numerics.compare import tolerance as tolerance_of
+from bnctl.runtime.trace import Divergence, first_divergence
+
+if TYPE_CHECKING:
+    from bnctl.data.batches import Batch
+
+    from bnctl.runtime.runner import Runner
+
+Outputs = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class OutputCheck:
+    """One output over all batches.
+
+    Attributes:
+        name: of the output, in the baseline.
+        max_abs: largest error over the batches; inf where two arrays could not be compared.
+        max_rel: largest relative error over the batches.
+        mismatch: the first reason why two arrays could not be compared, or None.
+        informative: whether the baseline gave a finite value other than zero in any batch.
+        equal: within the limit in every batch. Integers and booleans must be equal.
+    """
+
+    name: str
+    max_abs: float = 0.0
+    max_rel: float = 0.0
+    mismatch: str | None = None
+    informative: bool = False
+    equal: bool = True
+
+    def with_batch(self, error: ArrayError, limit: float) -> OutputCheck:
+        """The check with one more batch."""
+        return OutputCheck(
+            self.name,
+            max(self.max_abs, error.max_abs),
+            max(self.max_rel, error.max_rel),
+            self.mismatch or error.mismatch,
+            self.informative or error.informative,
+            self.equal and error.within(limit),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; an infinite error is None, with the mismatch beside it."""
+        return {
+            "name": self.name,
+            "max_abs_error": _finite(self.max_abs),
+            "max_rel_error": _finite(self.max_rel),
+            "mismatch": self.mismatch,
+            "informative": self.informative,
+            "passed": self.equal,
+        }
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The outcome of comparing a candidate with its baseline.
+
+    Attributes:
+        samples: samples compared.
+        tolerance: the relative error that still counts as equal.
+        passed: whether the two compute the same function, as far as the samples show.
+        reason: why not, in one sentence; None if passed.
+        outputs: one check per output.
+        flips: rows of logits whose argmax differs; None if no output looks like logits.
+        first_difference: the layer where the two part, where that was asked for and found.
+        note: why no such layer is given, or None.
+    """
+
+    samples: int
+    tolerance: float
+    passed: bool
+    reason: str | None
+    outputs: tuple[OutputCheck, ...] = ()
+    flips: Flips | None = None
+    first_difference: Divergence | None = None
+    note: str | None = None
+
+    @property
+    def max_abs_error(self) -> float:
+        """Largest absolute error of any output; inf where one could not be compared."""
+        return max((output.max_abs for output in self.outputs), default=math.inf)
+
+    @property
+    def max_rel_error(self) -> float:
+        """Largest error of any output relative to its root mean square; inf where one could not be compared."""
+        return max((output.max_rel for output in self.outputs), default=math.inf)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report's ``verification``; errors that are not finite are None."""
+        first = self.first_difference
+        return {
+            "samples": self.samples,
+            "max_abs_error": _finite(self.max_abs_error),
+            "max_rel_error": _finite(self.max_rel_error),
+            "tolerance": self.tolerance,
+            "passed": self.passed,
+            "reason": self.reason,
+            "outputs": [output.to_dict() for output in self.outputs],
+            "label_flips": None if self.flips is None else self.flips.flipped,
+            "near_ties": None if self.flips is None else self.flips.near_ties,
+            "first_difference": None
+            if first is None
+            else {
+                "layer": first.name,
+                "max_abs_error": _finite(first.max_abs),
+                "max_rel_error": _finite(first.max_rel),
+                "mismatch": first.mismatch,
+            },
+            "note": self.note,
+        }
+
+
+@dataclass
+class _Progress:
+    """What is known after some batches; outputs themselves are not kept."""
+
+    limit: float
+    samples: int = 0
+    checks: dict[str, OutputCheck] = field(default_factory=dict)
+    flips: Flips | None = None
+    failed_on: Batch | None = None
+
+    def add(self, batch: Batch, baseline: Outputs, candidate: Outputs) -> None:
+        self.samples += batch.size
+        for name, a, b in _pairs(baseline, candidate):
+            limit = 0.0 if a.dtype.kind in "iub" else self.limit
+            error = compare(a, b)
+            self.checks[name] = self.checks.get(name, OutputCheck(name)).with_batch(error, limit)
+            if self.failed_on is None and not error.within(limit):
+                self.failed_on = batch
+            flips = count_flips(a, b, self.limit)
+            if flips is not None:
+                self.flips = (self.flips or Flips()) + flips
+
+
+def compare_runners(
+    baseline: Runner,
+    candidate: Runner,
+    batches: Iterable[Batch],
+    *,
+    tolerance: float | None = None,
+    locate: bool = True,
+) -> Verification:
+    """Run both models on every batch and compare all their outputs.
+
+    Outputs are matched by name where both models use the same names, else by position. A candidate that raises on a
+    batch which the baseline takes has failed; a baseline that raises is an error of the call.
+
+    Args:
+        baseline: right by definition.
+        candidate: to be judged.
+        batches: inputs; each is used once, nothing but maxima is kept.
+        tolerance: largest relative error; by default it follows from the coarser float type of the two.
+        locate: on failure, look for the first layer that differs (one more run of both models).
+
+    Raises:
+        ModelError: the baseline does not take a batch.
+    """
+    limit = tolerance
+    if limit is None:
+        limit = max(tolerance_of(baseline.precision), tolerance_of(candidate.precision))
+    progress = _Progress(limit)
+
+    def outcome(reason: str | None, first: Divergence | None = None, note: str | None = None) -> Verification:
+        checks = tuple(progress.checks.values())
+        return Verification(progress.samples, limit, reason is None, reason, checks, progress.flips, first, note)
+
+    for batch in batches:
+        expected = baseline.run(batch)
+        try:
+            actual = candidate.run(batch)
+        except ModelError as error:
+            return outcome(f"the candidate fails on inputs that the baseline takes: {error}")
+        if len(expected) != len(actual):
+            return outcome(f"the candidate has {len(actual)} outputs, the baseline {len(expected)}")
+        progress.add(batch, expected, actual)
+    reason = _reason(progress)
+    if reason is None or progress.failed_on is None or not locate:
+        return outcome(reason)
+    return outcome(reason, *_locate(baseline, candidate, progress.failed_on, limit))
+
+
+def other_batch_sizes(batch: Batch) -> list[Batch]:
+    """The samples of a batch again as batches of other sizes: one and three, as far as the batch has another size.
+
+    They find a batch size that surgery or export has baked into the model. Arrays whose first axis is the batch, and
+    lists with one entry per sample, are resized; everything else is passed on. Check with :func:`accepts` that the
+    baseline takes them: some models are made for one size.
+    """
+    return [_resized(batch, size) for size in (1, 3) if batch.size and size != batch.size]
+
+
+def accepts(runner: Runner, batch: Batch) -> bool:
+    """Whether a model runs on a batch at all."""
+    try:
+        runner.run(batch)
+    except InputError:
+        return False
+    return True
+
+
+def _pairs(a: Outputs, b: Outputs) -> list[tuple[str, NDArray[Any], NDArray[Any]]]:
+    if a.keys() == b.keys():
+        return [(name, value, b[name]) for name, value in a.items()]
+    return [(name, value, other) for (name, value), other in zip(a.items(), b.values(), strict=True)]
+
+
+def _reason(progress: _Progress) -> str | None:
+    if not progress.samples:
+        return "no samples were compared"
+    for check in progress.checks.values():
+        if not check.equal:
+            detail = check.mismatch or f"relative error {check.max_rel:.3g}, tolerance {progress.limit:.3g}"
+            return f"output {check.name!r} differs: {detail}"
+    if not any(check.informative for check in progress.checks.values()):
+        return (
+            "every output of the baseline is zero, NaN, infinite or empty: agreement proves nothing; use other inputs"
+        )
+    return None
+
+
+def _locate(baseline: Runner, candidate: Runner, batch: Batch, limit: float) -> tuple[Divergence | None, str | None]:
+    if baseline.kind != candidate.kind:
+        return None, f"no common layer names: the baseline is {baseline.kind}, the candidate {candidate.kind}"
+    try:
+        before, after = baseline.trace(batch), candidate.trace(batch)
+    except ModelError as error:
+        return None, f"the layers could not be recorded: {error}"
+    if not before.values.keys() & after.values.keys():
+        return None, "no common layer names"
+    first = first_divergence(before, after, limit)
+    return (
+        first,
+        None if first else "all common layers that lead to the outputs agree: the difference arises after them",
+    )
+
+
+def _resized(batch: Batch, size: int) -> Batch:
+    samples = [i % batch.size for i in range(size)]
+
+    def resize(value: Any) -> Any:
+        if getattr(value, "ndim", 0) and len(value) == batch.size:
+            return value[samples]
+        if isinstance(value, Mapping):
+            return {key: resize(inner) for key, inner in value.items()}
+        if isinstance(value, (list, tuple)):
+            resized = [resize(inner) for inner in value]
+            untouched = all(new is old for new, old in zip(resized, value, strict=True))
+            if isinstance(value, list) and untouched and len(value) == batch.size:
+                return [value[i] for i in samples]
+            return type(value)(resized) if type(value) in (list, tuple) else value
+        return value
+
+    labels = None if batch.labels is None else np.asarray(batch.labels)[samples]
+    kwargs = {name: resize(value) for name, value in batch.kwargs.items()}
+    return replace(batch, args=tuple(resize(value) for value in batch.args), kwargs=kwargs, labels=labels)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
