@@ -122,6 +122,12 @@ _ALL = [
     Code("BN208", "almost no variance",
          "Some channels hardly vary on the calibration data. The function is preserved, but gamma is tiny there: in training those channels react violently.",
          "Calibrate on more data; or raise --eps."),
+    Code("BN401", "foldable",
+         "The layer could be folded into its neighbours: inference pays for it without need.",
+         "bnctl fold, or bnctl export."),
+    Code("BN402", "dead channel",
+         "The scale of a channel is 0: whatever comes in, the shift goes out. Pruning leaves such channels, and so does training gone wrong.",
+         "Prune the channel, or look at the training."),
 ]  # fmt: skip
 
 CODES: dict[str, Code] = {code.id: code for code in _ALL}

@@ -14,7 +14,9 @@ A gate's outcome is a result, not an exception: see :mod:`bnctl.bench.gates`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import IntEnum
+from typing import Any
 
 
 class ExitCode(IntEnum):
@@ -73,6 +75,13 @@ class OverflowInFoldError(InputError):
 
 
 class EquivalenceError(BnctlError):
-    """The surgery changed what the model computes; nothing was written."""
+    """The surgery changed what the model computes; nothing was written.
+
+    ``verification`` holds what was measured, as the report shows it.
+    """
 
     exit_code = ExitCode.FAILED
+
+    def __init__(self, message: str, *, hint: str | None = None, verification: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.verification = verification

@@ -22,7 +22,6 @@ from bnctl.runtime.trace import Divergence, first_divergence
 
 if TYPE_CHECKING:
     from bnctl.data.batches import Batch
-
     from bnctl.runtime.runner import Runner
 
 Outputs = Mapping[str, NDArray[Any]]
@@ -207,7 +206,7 @@ def other_batch_sizes(batch: Batch) -> list[Batch]:
     lists with one entry per sample, are resized; everything else is passed on. Check with :func:`accepts` that the
     baseline takes them: some models are made for one size.
     """
-    return [_resized(batch, size) for size in (1, 3) if batch.size and size != batch.size]
+    return [resized(batch, size) for size in (1, 3) if batch.size and size != batch.size]
 
 
 def accepts(runner: Runner, batch: Batch) -> bool:
@@ -255,7 +254,8 @@ def _locate(baseline: Runner, candidate: Runner, batch: Batch, limit: float) -> 
     )
 
 
-def _resized(batch: Batch, size: int) -> Batch:
+def resized(batch: Batch, size: int) -> Batch:
+    """The samples of a batch, in turn, as a batch of another size."""
     samples = [i % batch.size for i in range(size)]
 
     def resize(value: Any) -> Any:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bnctl.errors import UsageError
+
+if TYPE_CHECKING:
+    from bnctl.models import Model
 
 # stage, steps done, steps planned so far
 Progress = Callable[[str, int, int], None]
@@ -21,6 +24,25 @@ class BenchModel:
     weights: str | None = None
     model_args: Mapping[str, Any] | None = None
     trust: bool = False
+    trusted_factories: tuple[str, ...] = ()
+    factory: str | None = None
+
+    def open(self) -> Model:
+        """The model itself.
+
+        Raises:
+            ModelError: see ``bnctl.models.open_model``.
+        """
+        from bnctl.models import open_model
+
+        return open_model(
+            self.word,
+            weights=self.weights,
+            model_args=self.model_args,
+            trust=self.trust,
+            trusted_factories=self.trusted_factories,
+            factory=self.factory,
+        )
 
 
 @dataclass(frozen=True)
@@ -91,6 +113,8 @@ class WorkerSpec:
     def from_json(cls, text: str) -> WorkerSpec:
         """The inverse of :meth:`to_json`."""
         fields = json.loads(text)
+        for model in fields["models"]:
+            model["trusted_factories"] = tuple(model["trusted_factories"])
         fields["models"] = tuple(BenchModel(**model) for model in fields["models"])
         fields["options"] = LatencyOptions(**fields["options"])
         return cls(**fields)

@@ -20,7 +20,6 @@ from bnctl.errors import BnctlError
 
 if TYPE_CHECKING:
     from bnctl.data.batches import Batch
-
     from bnctl.models.model import Model
     from bnctl.runtime.runner import Runner
 
@@ -42,7 +41,13 @@ def main() -> None:
 
 
 def measure(spec: WorkerSpec) -> ProcessResult:
-    """Load all models, the baseline twice, and time them in turns; ONNX models with the runtime's optimisations on, then off."""
+    """Load all models, the baseline twice, and time them in turns.
+
+    Where there are ONNX models, first with the runtime's optimisations on, then with them off.
+
+    Raises:
+        BnctlError: a model cannot be loaded or does not take the inputs.
+    """
     from bnctl.data.batches import Batch
 
     args, kwargs = pickle.loads(Path(spec.inputs).read_bytes())
@@ -57,10 +62,8 @@ def measure(spec: WorkerSpec) -> ProcessResult:
 
 
 def _load(spec: WorkerSpec, asked: BenchModel) -> Model:
-    from bnctl.models import open_model
-
     stage_file(spec.result).write_text(asked.word)
-    model = open_model(asked.word, weights=asked.weights, model_args=asked.model_args, trust=asked.trust)
+    model = asked.open()
     if model.kind == "torch":
         import torch
 

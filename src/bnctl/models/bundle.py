@@ -14,10 +14,10 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bnctl import __version__
 from bnctl.errors import ModelError, UsageError
 from bnctl.models.digest import sha256_file
 from bnctl.models.factory import build_module, call_factory, check_fit
@@ -69,7 +69,7 @@ def save_bundle(
         manifest = Manifest(
             origin=origin,
             state_sha256=sha256_file(new / STATE_FILE),
-            bnctl=_version(),
+            bnctl=__version__,
             source=source,
             inputs=None if inputs is None else list(inputs),
             training=module.training,
@@ -118,7 +118,9 @@ def load_bundle(
     name = factory if isinstance(factory, str) else origin.factory
     module = call_factory(factory, origin.args, name) if callable(factory) else build_module(name, origin.args)
     if origin.edits:
-        _apply_edits(module, origin, root)
+        from bnctl.engines.torch.edits import apply_edits
+
+        apply_edits(module, origin.edits)
     _restore(module, state, manifest, root)
     return module, origin
 
@@ -126,13 +128,6 @@ def load_bundle(
 def bundle_sha256(folder: str | os.PathLike[str]) -> str:
     """Hex digest of `bnctl.json`, which holds the digest of the tensors: it stands for the whole bundle."""
     return sha256_file(Path(folder) / BUNDLE_JSON)
-
-
-def _version() -> str:
-    try:
-        return metadata.version("bnctl")
-    except metadata.PackageNotFoundError:  # run from a source tree that is not installed
-        return "unknown"
 
 
 def _write_state(path: Path, module: nn.Module, ties: Mapping[str, str]) -> None:
@@ -173,18 +168,6 @@ def _read_state(path: Path, sha256: str) -> dict[str, torch.Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise ModelError(f"{path} is not a whole safetensors file: {error}") from error
-
-
-def _apply_edits(module: nn.Module, origin: Origin, root: Path) -> None:
-    from bnctl.engines.torch.edits import apply_edits
-
-    try:
-        apply_edits(module, list(origin.edits))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ModelError(
-            f"{root}: an edit does not fit what {origin.factory} builds ({type(error).__name__}: {error})",
-            hint="the factory's code may have changed since the bundle was written",
-        ) from error
 
 
 def _restore(module: nn.Module, state: Mapping[str, torch.Tensor], manifest: Manifest, root: Path) -> None:

@@ -129,7 +129,7 @@ class _Parser:
         self._expect("mark", "(")
         values: list[int | None] = []
         while self._next != ("mark", ")"):
-            if values or self._next == ("mark", ","):
+            if values:
                 self._expect("mark", ",")
             values.append(self._argument(function, first=not values, depth=depth))
         self._take()

@@ -122,11 +122,20 @@ def _clean_object(cls: type, data: Mapping[str, Any], where: str) -> dict[str, A
         place = f"{where}.{name}"
         if (cls.__name__, name) in _REFUSED and value:
             raise UntrustedError(f"{place}: {_REFUSED[cls.__name__, name]}", hint=TRUST_HINT)
+        if (cls.__name__, name) == ("Graph", "inputs"):
+            _check_constants(value, place)
         if name in hints and (cls.__name__, name) not in _LEFT_OUT:
             cleaned[name] = _clean(hints[name], value, place, _STRINGS.get((cls.__name__, name)))
     if (cls.__name__, "metadata") in _LEFT_OUT:
         cleaned["metadata"] = _harmless(data.get("metadata"))
     return cleaned
+
+
+def _check_constants(inputs: Any, where: str) -> None:
+    """A string that is an input of the program is compared with in its guards, and is written there without `repr`."""
+    for i, argument in enumerate(_typed(inputs, list, where)):
+        if isinstance(argument, dict) and isinstance(text := argument.get("as_string"), str):
+            _check_text(text, f"{where}[{i}]")
 
 
 @functools.cache
@@ -150,6 +159,10 @@ def _harmless(metadata: object) -> dict[str, str]:
     """Of a node's metadata, where it stood in the module tree; engines name layers by it."""
     kept = metadata if isinstance(metadata, dict) else {}
     return {name: kept[name] for name in ("nn_module_stack", "torch_fn") if is_text(kept.get(name))}
+
+
+def _check_nothing(text: str, where: str) -> None:
+    """Arguments of operators are written into code by `repr`, which quotes whatever they hold."""
 
 
 def _check_identifier(text: str, where: str) -> None:
@@ -219,8 +232,8 @@ _STRINGS: dict[tuple[str, str], Callable[[str, str], None]] = {
     ("SymExpr", "expr_str"): check_expression,
     ("Node", "target"): _check_operator,
     ("Argument", "as_operator"): _check_operator,
-    ("Argument", "as_string"): _check_text,
-    ("Argument", "as_strings"): _check_text,
+    ("Argument", "as_string"): _check_nothing,
+    ("Argument", "as_strings"): _check_nothing,
     ("ConstantValue", "as_string"): _check_text,
     ("InputToParameterSpec", "parameter_name"): _check_text,
     ("InputToBufferSpec", "buffer_name"): _check_text,

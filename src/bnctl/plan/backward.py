@@ -39,11 +39,11 @@ def _(op: ops.LinearOp, node: Node, graph: Graph, output: int, m: AffineMap) -> 
         return Obstacle(
             "BN110", f"it varies over shape {m.shape}, but the channels of {op.label} {node.layer} are axis {axis}"
         )
-    if np.any(vectors[1] != 0):
-        if node.bias is None:
+    if node.bias is None:
+        if np.any(vectors[1] != 0):
             return Obstacle("BN118", f"{op.label} {node.layer} has no bias, and none can be added")
-        if node.bias.obstacle:
-            return node.bias.obstacle
+    elif node.bias.obstacle:  # a bias is scaled, too, where the shift is 0
+        return node.bias.obstacle
     return Absorb("output", *vectors)
 
 

@@ -7,14 +7,14 @@ can go and all of them leave the same parameters behind. The plan holds no weigh
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from bnctl.codes import Obstacle
 from bnctl.graph.affine import AffineMap
 from bnctl.graph.graph import Graph, Node, Slot
-from bnctl.graph.ops import Affine, Norm
+from bnctl.graph.ops import Affine, Norm, Op
 from bnctl.plan.backward import backward
 from bnctl.plan.forward import forward
 from bnctl.plan.moves import Absorb
@@ -57,12 +57,15 @@ class FoldPlan:
         edits: one per place that stores a weight, however often it is called.
         removed: affine nodes that become the identity.
         untied: slots whose array is shared with another slot and becomes their own.
+        meaning: the values that the surgery changes. Each is now equal to the old value of the number given here (the output of a removed affine), or to
+            none of the old ones: None. An engine whose values have names keeps equal names for equal values.
     """
 
     sites: tuple[Site, ...]
     edits: tuple[Edit, ...]
     removed: tuple[Node, ...]
     untied: tuple[Slot, ...] = ()
+    meaning: dict[int, int | None] = field(default_factory=dict)
 
     @property
     def added_parameters(self) -> int:
@@ -103,6 +106,7 @@ def plan_fold(graph: Graph, *, selected: Callable[[str], bool] = lambda name: Tr
         edits=tuple(draft.edits()),
         removed=tuple(node for name in into for node in sites[name]),
         untied=tuple(draft.untied()),
+        meaning={value: old for value, old in draft.meaning.items() if value not in draft.alias and value != old},
     )
 
 
@@ -138,6 +142,7 @@ class _Draft:
     observed: dict[int, Obstacle] = field(init=False)
     readers: dict[int, list[Node]] = field(init=False)
     absorbed: Absorbed = field(default_factory=dict)
+    meaning: dict[int, int | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.observed = {v.id: v.observed for v in self.graph.values.values() if v.observed is not None}
@@ -156,12 +161,15 @@ class _Draft:
                 return obstacle
             if not self._map(node).finite:
                 return Obstacle("BN115", "scale or shift is not finite")
-        back = self._try(nodes, self._back)
-        if not isinstance(back, Obstacle):
-            return self._commit(nodes, back)
-        ahead = self._try(nodes, self._ahead)
+        crossed: set[int] = set()
+        back = self._try(nodes, self._back, crossed)
+        if not isinstance(back, Obstacle):  # what went into the layer now is what came out of it
+            became = {self.resolve(node.inputs[0]): self.meaning.get(node.outputs[0], node.outputs[0]) for node in nodes}
+            return self._commit(nodes, back, dict.fromkeys(crossed) | became)
+        crossed.clear()
+        ahead = self._try(nodes, self._ahead, crossed)
         if not isinstance(ahead, Obstacle):
-            return self._commit(nodes, ahead)
+            return self._commit(nodes, ahead, dict.fromkeys(crossed))
         return Obstacle(back.code, f"{back.detail}; forward: {ahead.detail} ({ahead.code})")
 
     def _map(self, node: Node) -> AffineMap:
@@ -172,24 +180,33 @@ class _Draft:
             m = m.then(AffineMap.along(node.op.axis, m.rank, taken.scale, taken.shift))
         return m
 
+    def _now(self, node: Node) -> Op:
+        """The operator with what it has absorbed: a normalisation layer that stays has become another affine."""
+        return replace(node.op, map=self._map(node)) if isinstance(node.op, Affine) else node.op
+
     def _try(
-        self, nodes: list[Node], move: Callable[[Node], list[tuple[Node, Absorb]] | Obstacle]
+        self,
+        nodes: list[Node],
+        move: Callable[[Node, set[int]], list[tuple[Node, Absorb]] | Obstacle],
+        crossed: set[int],
     ) -> Absorbed | Obstacle:
+        """What each operator would absorb; the values that would change are added to ``crossed``."""
         taken: Absorbed = {}
         for node in nodes:
-            moved = move(node)
+            moved = move(node, crossed)
             if isinstance(moved, Obstacle):
                 return moved
             for absorber, absorb in moved:
                 taken.setdefault(absorber.id, []).append(absorb)
         return self._conflict(taken) or taken
 
-    def _back(self, site: Node) -> list[tuple[Node, Absorb]] | Obstacle:
+    def _back(self, site: Node, crossed: set[int]) -> list[tuple[Node, Absorb]] | Obstacle:
         taken = []
         todo = [(site.inputs[0], self._map(site))]
         while todo:
             value, m = todo.pop()
             value = self.resolve(value)
+            crossed.add(value)
             name = self.graph.values[value].name
             if value in self.observed:
                 return self.observed[value]
@@ -201,7 +218,7 @@ class _Draft:
             producer = self.graph.producer.get(value)
             if producer is None:
                 return Obstacle("BN104", f"{name} is an input of the model")
-            moved = backward(producer.op, producer, self.graph, value, m)
+            moved = backward(self._now(producer), producer, self.graph, value, m)
             if isinstance(moved, Obstacle):
                 return moved
             if isinstance(moved, Absorb):
@@ -210,11 +227,12 @@ class _Draft:
                 todo += moved.maps
         return taken
 
-    def _ahead(self, site: Node) -> list[tuple[Node, Absorb]] | Obstacle:
+    def _ahead(self, site: Node, crossed: set[int]) -> list[tuple[Node, Absorb]] | Obstacle:
         taken = []
         todo = [(site.outputs[0], self._map(site))]
         while todo:
             value, m = todo.pop()
+            crossed.add(value)
             if value in self.observed:
                 return self.observed[value]
             readers = self.readers[value]
@@ -224,7 +242,7 @@ class _Draft:
                 places = [i for i, v in enumerate(reader.inputs) if self.resolve(v) == value]
                 if len(places) != 1:
                     return Obstacle("BN101", f"{reader.layer} reads it twice")
-                moved = forward(reader.op, reader, self.graph, places[0], m)
+                moved = forward(self._now(reader), reader, self.graph, places[0], m)
                 if isinstance(moved, Obstacle):
                     return moved
                 if isinstance(moved, Absorb):
@@ -245,7 +263,8 @@ class _Draft:
                         )  # type: ignore[union-attr]
         return None
 
-    def _commit(self, nodes: list[Node], taken: Absorbed) -> tuple[str, ...]:
+    def _commit(self, nodes: list[Node], taken: Absorbed, meaning: dict[int, int | None]) -> tuple[str, ...]:
+        self.meaning |= meaning
         for node_id, absorbs in taken.items():
             self.absorbed.setdefault(node_id, []).extend(absorbs)
         for node in nodes:

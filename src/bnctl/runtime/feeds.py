@@ -103,7 +103,8 @@ def as_array(value: Any) -> NDArray[Any]:
     """A value as a numpy array; torch tensors are recognised by their methods, so that torch is not needed."""
     if hasattr(value, "detach"):
         tensor = value.detach().cpu()
-        return np.asarray(tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor)
+        array: NDArray[Any] = (tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).numpy()
+        return array
     try:
         return np.asarray(value)
     except ValueError:  # a ragged list

@@ -21,6 +21,7 @@ from bnctl.runtime.trace import Trace
 
 if TYPE_CHECKING:
     import onnxruntime
+
     from bnctl.data.batches import Batch
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}

@@ -12,7 +12,6 @@ from bnctl.runtime.trace import Trace
 
 if TYPE_CHECKING:
     from bnctl.data.batches import Batch
-
     from bnctl.models.model import Model
 
 

@@ -13,11 +13,13 @@ if TYPE_CHECKING:
     from bnctl.data.batches import Batch
 
 
-def as_tensors(batch: Batch, module: torch.nn.Module, device: torch.device | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def as_tensors(
+    batch: Batch, module: torch.nn.Module, device: torch.device | None = None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments of a module's forward.
 
-    Arrays become tensors on the module's device (or ``device``); a float array takes the type of the module's first float parameter. Tensors of the user
-    keep their type. Nested containers and dataclasses are looked into.
+    Arrays become tensors on the module's device (or ``device``); a float array takes the type of the module's first
+    float parameter. Tensors of the user keep their type. Nested containers and dataclasses are looked into.
     """
     first = next((p for p in module.parameters() if p.is_floating_point()), None)
     float_type = None if first is None else first.dtype

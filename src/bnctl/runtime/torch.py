@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from bnctl.errors import ModelError, UsageError
+from bnctl.runtime.tensors import as_tensors
 from bnctl.runtime.trace import Trace
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class TorchRunner:
     @contextmanager
     def prepared(self, batch: Batch) -> Iterator[Callable[[], object]]:
         """A call that runs the module on tensors made beforehand, and on a GPU waits for the result."""
-        args, kwargs = self._tensors(batch)
+        args, kwargs = as_tensors(batch, self._module, self._device)
 
         def call() -> object:
             try:
@@ -101,23 +102,6 @@ class TorchRunner:
     @property
     def _name(self) -> str:
         return type(self._module).__name__
-
-    def _tensors(self, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        float_type = next((p.dtype for p in self._module.parameters() if p.is_floating_point()), None)
-
-        def convert(value: Any) -> Any:
-            if isinstance(value, torch.Tensor):
-                return value.to(self._device)
-            if isinstance(value, np.ndarray):
-                tensor = torch.from_numpy(np.array(value))
-                return tensor.to(self._device, float_type if tensor.is_floating_point() else None)
-            if _is_dataclass(value):
-                fields = {f.name: map_leaves(convert, getattr(value, f.name)) for f in dataclasses.fields(value)}
-                return dataclasses.replace(value, **fields)
-            return value
-
-        map_leaves = pytree.tree_map
-        return map_leaves(convert, (tuple(batch.args), dict(batch.kwargs)))  # type: ignore[no-any-return]
 
 
 @contextmanager
@@ -162,10 +146,10 @@ def to_numpy(value: Any) -> NDArray[Any]:
     """A copy as numpy array; bfloat16, which numpy lacks, becomes float32."""
     if not isinstance(value, torch.Tensor):
         return np.array(value)
-    value = value.detach()
-    if value.is_sparse or value.is_quantized:
-        value = value.to_dense() if value.is_sparse else value.dequantize()
-    return np.array(value.to("cpu", torch.float32 if value.dtype == torch.bfloat16 else value.dtype))
+    value = value.detach().to_dense()
+    dtype = torch.float32 if value.dtype == torch.bfloat16 else value.dtype
+    array: NDArray[Any] = value.to("cpu", dtype, copy=True).numpy()
+    return array
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]

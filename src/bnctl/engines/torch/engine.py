@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -97,7 +98,9 @@ def copy_module(module: Any, name: str) -> nn.Module:
         ModelError: the module cannot be copied.
     """
     try:
-        copied: nn.Module = copy.deepcopy(module)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch's own, on copying the tree specs of an exported graph
+            copied: nn.Module = copy.deepcopy(module)
     except Exception as error:
         raise ModelError(
             f"{name} cannot be copied: {type(error).__name__}: {error}", hint="detach tensors that the module keeps as plain attributes"

@@ -17,8 +17,13 @@ aten = torch.ops.aten
 
 
 def give_layers_back(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """A graph module in which convolutions, linear layers and BatchNorms are modules again; the argument is used up."""
+    """A graph module in which convolutions, linear layers and BatchNorms are modules again; the argument is used up.
+
+    The guards on input shapes that torch.export adds are dropped: they repeat the shapes of the example.
+    """
     graph = graph_module.graph
+    for node in [n for n in graph.nodes if n.op == "call_module" and n.target == "_guards_fn"]:
+        graph.erase_node(node)
     built: dict[str, nn.Module] = {}
     for node in list(graph.nodes):
         build = _BUILD.get(node.target) if node.op == "call_function" else None

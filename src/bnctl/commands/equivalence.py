@@ -1,0 +1,37 @@
+"""Before and after: the check that every surgery ends in."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from bnctl.errors import EquivalenceError
+from bnctl.runtime import open_runner
+from bnctl.verify import Verification, accepts, compare_runners, other_batch_sizes
+
+if TYPE_CHECKING:
+    from bnctl.data.batches import Batch
+    from bnctl.models.model import Model
+
+
+def check_equivalence(before: Model, after: Model, example: Batch, *, tolerance: float | None = None, device: str = "cpu") -> Verification:
+    """Run both models on the example and on batches of other sizes (where the model takes them), with runtime optimisations off."""
+    baseline, candidate = open_runner(before, device=device), open_runner(after, device=device)
+    batches = [example, *(b for b in other_batch_sizes(example) if accepts(baseline, b))]
+    return compare_runners(baseline, candidate, batches, tolerance=tolerance)
+
+
+def require(verification: Verification, command: str, word: str) -> None:
+    """Refuse a surgery that changed the function.
+
+    Raises:
+        EquivalenceError: naming the output, the error and the layer where the two part.
+    """
+    if verification.passed:
+        return
+    first = verification.first_difference
+    where = f"; they part at {first.name}" if first is not None else ""
+    raise EquivalenceError(
+        f"{command} of {word} does not preserve the function: {verification.reason}{where}. Nothing was written.",
+        hint="exclude the layer with --skip, or try other inputs with --data; please report the model",
+        verification=verification.to_dict(),
+    )

@@ -1,0 +1,107 @@
+"""What several commands share: how models and data are opened, and on which inputs a model is looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bnctl.errors import UsageError
+
+if TYPE_CHECKING:
+    from bnctl.data.batches import Batch
+    from bnctl.data.synthetic import InputSpec
+    from bnctl.models.model import Model
+
+Progress = Callable[[str, int, int | None], None]
+"""Called with what is being done, how far it is, and out of how much (None where nobody knows)."""
+
+
+def no_progress(what: str, done: int, total: int | None) -> None:
+    """Say nothing."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The common options of the command line.
+
+    Args:
+        weights: for a factory that names none itself.
+        model_args: keyword arguments of factories.
+        trust: let files that can run code do so.
+        trusted_factories: globs of factories that bundles may name.
+        factory: what to build a bundle with instead of what it names.
+        inputs: example shapes.
+        data: the `--data` word.
+        preprocess: file for image folders and uint8 images.
+        batch_size: samples per batch.
+        limit: at most this many samples.
+        seed: of synthetic data and orders.
+        device: "cpu" or "cuda".
+        threads: intra-op threads.
+        progress: is told how far long work is.
+    """
+
+    weights: Path | None = None
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    trust: bool = False
+    trusted_factories: tuple[str, ...] = ()
+    factory: str | None = None
+    inputs: tuple[InputSpec, ...] = ()
+    data: str | None = None
+    preprocess: Path | None = None
+    batch_size: int = 32
+    limit: int | None = None
+    seed: int = 0
+    device: str = "cpu"
+    threads: int = 1
+    progress: Progress = no_progress
+
+    def open(self, word: str) -> Model:
+        """Open a model."""
+        from bnctl.models.open import open_model
+        from bnctl.models.spec import FactoryWord, parse_model_word
+
+        parsed = parse_model_word(word, weights=self.weights)
+        return open_model(
+            parsed,
+            model_args=self.model_args if isinstance(parsed, FactoryWord) else {},
+            trust=self.trust,
+            trusted_factories=self.trusted_factories,
+            factory=self.factory,
+        )
+
+    def batches(self) -> Iterable[Batch]:
+        """The data.
+
+        Raises:
+            UsageError: there is no `--data`.
+        """
+        if self.data is None:
+            raise UsageError("this command needs data", hint="give --data folder/, file.npz, package.module:loader or random:N with --input")
+        from bnctl.data.open import open_data
+        from bnctl.data.preprocess import load_preprocess
+
+        preprocess = load_preprocess(self.preprocess) if self.preprocess else None
+        return open_data(
+            self.data, batch_size=self.batch_size, preprocess=preprocess, inputs=self.inputs, seed=self.seed, limit=self.limit
+        )
+
+    def example(self, model: Model) -> Batch:
+        """The inputs on which a model is looked at: of `--input`, else the first batch of `--data`, else drawn from an ONNX model's own signature.
+
+        Raises:
+            UsageError: none of these is there.
+        """
+        from bnctl.data.synthetic import random_batch
+
+        if self.data is not None:
+            return next(iter(self.batches()))
+        if self.inputs:
+            return random_batch(self.inputs, seed=self.seed)
+        if model.kind == "onnx":
+            from bnctl.engines.onnx.signature import input_specs
+
+            return random_batch(input_specs(model.native), seed=self.seed)
+        raise UsageError(f"{model.word} does not say what its inputs look like", hint="give --input 1x3x224x224 (repeatable) or --data")

@@ -1,0 +1,44 @@
+"""`bnctl verify`: do two models compute the same?"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from bnctl.commands.setup import Setup
+from bnctl.errors import ExitCode
+from bnctl.report import Artifact, Report
+
+if TYPE_CHECKING:
+    from bnctl.data.batches import Batch
+
+
+def run_verify(baseline: str, candidate: str, setup: Setup, *, tolerance: float | None) -> Report:
+    """Compare two models on data, or on the example and other batch sizes. A failure is a result: exit code 1."""
+    from bnctl.runtime import open_runner
+    from bnctl.verify import accepts, compare_runners, other_batch_sizes
+
+    started = time.perf_counter()
+    before, after = setup.open(baseline), setup.open(candidate)
+    first, second = open_runner(before, device=setup.device), open_runner(after, device=setup.device)
+
+    def batches() -> Iterator[Batch]:
+        example = setup.example(before)
+        source = setup.batches() if setup.data is not None else [example]
+        for number, batch in enumerate(source, start=1):
+            yield batch
+            setup.progress("verify", number, None)
+        yield from (b for b in other_batch_sizes(example) if accepts(first, b))
+
+    verification = compare_runners(first, second, batches(), tolerance=tolerance)
+    return Report(
+        "verify",
+        Artifact(before.word, before.sha256),
+        verification=verification.to_dict(),
+        details={"candidate": {"path": after.word, "sha256": after.sha256}},
+        summary={"passed": verification.passed},
+        notes=() if verification.note is None else (verification.note,),
+        exit_code=ExitCode.OK if verification.passed else ExitCode.FAILED,
+        elapsed_s=time.perf_counter() - started,
+    )

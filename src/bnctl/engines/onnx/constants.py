@@ -1,0 +1,133 @@
+"""What in an ONNX graph does not depend on the inputs: initializers, Constant nodes, and what is computed from those alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from bnctl.codes import Obstacle
+from bnctl.engines.onnx.shapes import TensorInfo
+
+_EVALUATED = frozenset(
+    "Add Cast Concat ConstantOfShape Div Exp Expand Flatten Gather Identity Mul Neg Pow Range Reciprocal Reshape Shape Slice Split Sqrt Squeeze Sub "
+    "Sum Transpose Unsqueeze".split()
+)
+"""Operators without randomness and subgraphs that exporters put on parameters. DequantizeLinear is not one: folding would leave the grid."""
+
+_IR_VERSION_WITH_DEFAULTS = 4
+"""From this version on, an initializer that is also a graph input is a default that a caller may override. Before it, every initializer had to be
+listed as an input, and ONNX Runtime treats all of them as constants."""
+
+
+class Constants:
+    """The constant values of the main graph, evaluated when asked for, once.
+
+    Args:
+        model: the model; not changed.
+        info: shapes and types by value name.
+    """
+
+    def __init__(self, model: ir.Model, info: Mapping[str, TensorInfo]) -> None:
+        self._info = info
+        self._opsets = dict(model.opset_imports)
+        self._arrays: dict[ir.Value, NDArray[Any] | None] = {}
+        defaults = model.ir_version >= _IR_VERSION_WITH_DEFAULTS
+        self._overridable = {v for v in model.graph.inputs if defaults and v.is_initializer()}
+        self._known = {v for v in model.graph.initializers.values() if v not in self._overridable}
+        for node in model.graph:
+            if self._is_constant(node):
+                self._known.update(node.outputs)
+
+    def __contains__(self, value: ir.Value) -> bool:
+        return value in self._known
+
+    def _is_constant(self, node: ir.Node) -> bool:
+        if node.domain != "":
+            return False
+        if node.op_type == "Constant":
+            return _stored(node.outputs[0]) is not None
+        return node.op_type in _EVALUATED and bool(node.inputs) and all(v is None or v in self._known for v in node.inputs)
+
+    def tensor_shape(self, value: ir.Value) -> tuple[int, ...] | None:
+        """Shape of a constant, without reading it where that can be avoided; None where the value is not constant and its shape not known."""
+        if value in self:
+            stored = _stored(value)
+            if stored is not None:
+                return tuple(int(n) for n in stored.shape)
+        shape = self._info.get(str(value.name), TensorInfo()).shape
+        if shape is not None and all(isinstance(n, int) for n in shape):
+            return tuple(n for n in shape if isinstance(n, int))
+        array = self.array(value)
+        return None if array is None else array.shape
+
+    def array(self, value: ir.Value | None, limit: int | None = None) -> NDArray[Any] | None:
+        """The value of a constant; None for what is not constant, cannot be evaluated or has more elements than the limit."""
+        if value is None or value not in self:
+            return None
+        if limit is not None:
+            shape = self.tensor_shape(value)
+            if shape is None or math.prod(shape) > limit:
+                return None
+        if value not in self._arrays:
+            self._evaluate(value)
+        return self._arrays[value]
+
+    def _evaluate(self, value: ir.Value) -> None:
+        stored = _stored(value)
+        if stored is not None:
+            self._arrays[value] = stored.numpy()
+            return
+        node = value.producer()
+        assert node is not None
+        inputs = {str(v.name): self.array(v) for v in node.inputs if v is not None}
+        computed = None if any(a is None for a in inputs.values()) else _run(node, inputs, self._opsets)
+        for i, output in enumerate(node.outputs):
+            self._arrays[output] = None if computed is None else np.asarray(computed[i])
+
+    def obstacle(self, value: ir.Value) -> Obstacle | None:
+        """Why the array behind a value cannot be replaced by another; None where it can."""
+        name = str(value.name)
+        if value in self:
+            info = self._info.get(name, TensorInfo())
+            stored = _stored(value)
+            floating = stored.dtype.is_floating_point() if stored is not None else info.floating
+            return None if floating else Obstacle("BN111", f"{name} does not hold floating-point numbers")
+        origins = _origins(value)
+        overridable = sorted(str(v.name) for v in origins & self._overridable)
+        if overridable:
+            return Obstacle("BN112", f"{', '.join(overridable)} can be overridden by the caller: it is an input of the graph with a default")
+        if any((node := v.producer()) is not None and node.op_type == "DequantizeLinear" for v in origins):
+            return Obstacle("BN111", f"{name} is dequantised in every run")
+        return Obstacle("BN108", f"{name} is computed in every run")
+
+
+def _stored(value: ir.Value) -> ir.TensorProtocol | None:
+    """The tensor of an initializer or a Constant node."""
+    return ir.convenience.get_const_tensor(value)
+
+
+def _origins(value: ir.Value) -> set[ir.Value]:
+    """A value and all that it is computed from."""
+    found = {value}
+    todo = [value]
+    while todo:
+        node = todo.pop().producer()
+        new = {v for v in (node.inputs if node is not None else ()) if v is not None} - found
+        found |= new
+        todo += new
+    return found
+
+
+def _run(node: ir.Node, inputs: Mapping[str, Any], opsets: dict[str, int]) -> list[Any] | None:
+    from onnx.reference import ReferenceEvaluator
+
+    try:
+        results = ReferenceEvaluator(ir.to_proto(node), opsets=opsets).run(None, dict(inputs))
+    except Exception:  # whatever the reference implementation cannot do is not a constant for us
+        return None
+    return list(results)

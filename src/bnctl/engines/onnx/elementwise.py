@@ -1,0 +1,135 @@
+"""Translation of operators that act on each element: BatchNormalization, arithmetic with constants, activations; and of normalisations."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from bnctl.codes import Obstacle
+from bnctl.engines.onnx.statistics import Statistics
+from bnctl.engines.onnx.translated import Place, Rule, Scope, Translated
+from bnctl.graph import ops
+from bnctl.graph.affine import AffineMap
+from bnctl.numerics.batchnorm import affine_of
+
+Array = NDArray[np.float64]
+
+_ACTIVATIONS = (
+    "Abs Acos Acosh Asin Asinh Atan Atanh Ceil Celu Clip Cos Cosh Elu Erf Exp Floor Gelu HardSigmoid HardSwish LeakyRelu Log Mish PRelu "
+    "Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu Softmax LogSoftmax Hardmax"
+)
+_NORMS = "InstanceNormalization LayerNormalization GroupNormalization RMSNormalization LpNormalization MeanVarianceNormalization LRN"
+
+
+def _batch_norm(node: ir.Node, scope: Scope) -> Translated:
+    obstacle = _batch_norm_obstacle(node, scope)
+    if obstacle is not None:
+        return Translated(ops.Norm(node.op_type, obstacle))
+    statistics = Statistics.read(node, scope.constants)
+    rank = scope.rank(node.inputs[0])
+    assert statistics is not None and rank is not None
+    try:
+        scale, shift = affine_of(statistics.mean, statistics.var, statistics.eps, statistics.gamma, statistics.beta)
+    except ValueError as error:
+        return Translated(ops.Norm(node.op_type, Obstacle("BN115", str(error))))
+    return Translated(ops.Affine(AffineMap.along(1, rank, scale, shift), norm=True), Place(node, 1), Place(node, 2))
+
+
+def _batch_norm_obstacle(node: ir.Node, scope: Scope) -> Obstacle | None:
+    """Opset 14 and later have ``training_mode``; from 7 to 13, further outputs mean training; before 9, ``spatial=0`` has statistics for each position."""
+    if node.attributes.get_int("training_mode", 0) or any(v.name for v in node.outputs[1:]):
+        return Obstacle("BN105", "it is in training mode")
+    parameters = node.inputs[1:5]
+    computed = (scope.constants.obstacle(v) for v in parameters if v is not None)
+    obstacle = next((o for o in computed if o is not None), None)
+    if obstacle is not None:
+        return obstacle
+    if Statistics.read(node, scope.constants) is None:
+        return Obstacle("BN108", "its parameters cannot be evaluated")
+    if not node.attributes.get_int("spatial", 1):
+        return Obstacle("BN116", "its statistics vary over positions (spatial=0)")
+    if (scope.rank(node.inputs[0]) or 0) < 2:
+        return Obstacle("BN116", f"the shape of {getattr(node.inputs[0], 'name', 'its input')} is not known")
+    return None
+
+
+def _arithmetic(node: ir.Node, scope: Scope) -> Translated | None:
+    """Add, Sub, Mul, Div: an affine where one operand is constant, a sum where none is."""
+    first, second = node.inputs
+    if first is None or second is None or not scope.of(node.outputs[0]).floating:
+        return None
+    constants = [v in scope.constants for v in (first, second)]
+    if not any(constants):
+        return Translated(ops.Sum(1 if node.op_type == "Add" else -1)) if node.op_type in {"Add", "Sub"} else None
+    if all(constants):
+        return None
+    c, x = scope.constant(node, constants.index(True)), node.inputs[constants.index(False)]
+    shape = scope.shape(x)
+    if c is None or shape is None or not _fits(c.shape, shape):
+        return None
+    pair = _scale_and_shift(node.op_type, np.asarray(c, np.float64), constant_first=constants[0])
+    return None if pair is None else Translated(ops.Affine(AffineMap.broadcast(len(shape), *pair)))
+
+
+def _fits(constant: tuple[int, ...], shape: tuple[int | str | None, ...]) -> bool:
+    """Whether a constant broadcasts against a value without giving it another shape: sizes are aligned at the last axis."""
+    if len(constant) > len(shape):
+        return False
+    return all(n in (1, size) for n, size in zip(reversed(constant), reversed(shape), strict=False))
+
+
+def _scale_and_shift(op_type: str, c: Array, *, constant_first: bool) -> tuple[Array, Array] | None:
+    one, zero = np.ones(()), np.zeros(())
+    if op_type == "Mul":
+        return c, zero
+    if op_type == "Add":
+        return one, c
+    if op_type == "Sub":
+        return (-one, c) if constant_first else (one, -c)
+    if constant_first or np.any(c == 0):
+        return None
+    return one / c, zero
+
+
+def _negation(node: ir.Node, scope: Scope) -> Translated | None:
+    rank = scope.rank(node.inputs[0])
+    return None if rank is None else Translated(ops.Affine(AffineMap.broadcast(rank, -np.ones(()), np.zeros(()))))
+
+
+def _sum(node: ir.Node, scope: Scope) -> Translated | None:
+    """Sum takes any number of inputs; one and two are known."""
+    if any(v is None or v in scope.constants for v in node.inputs) or len(node.inputs) > 2:
+        return None
+    return Translated(ops.Identity() if len(node.inputs) == 1 else ops.Sum())
+
+
+def _power(node: ir.Node, scope: Scope) -> Translated | None:
+    exponent = scope.constant(node, 1)
+    return Translated(ops.Activation("pow")) if exponent is not None and exponent.size == 1 else None
+
+
+def _activation(node: ir.Node, scope: Scope) -> Translated:
+    return Translated(ops.Activation(_snake(node.op_type)))
+
+
+def _norm(node: ir.Node, scope: Scope) -> Translated:
+    return Translated(ops.Norm(node.op_type))
+
+
+def _snake(name: str) -> str:
+    """``LogSoftmax`` to ``log_softmax``."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower()
+
+
+RULES: dict[str, Rule] = {
+    "BatchNormalization": _batch_norm,
+    **dict.fromkeys(("Add", "Sub", "Mul", "Div"), _arithmetic),
+    "Neg": _negation,
+    "Sum": _sum,
+    "Pow": _power,
+    **dict.fromkeys(_ACTIVATIONS.split(), _activation),
+    **dict.fromkeys(_NORMS.split(), _norm),
+}

@@ -1,0 +1,86 @@
+"""Translation of linear operators: Conv, ConvTranspose, Gemm, MatMul, Gather."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from bnctl.engines.onnx.translated import Place, Rule, Scope, Translated, axis_attribute, input_of
+from bnctl.graph import ops
+from bnctl.graph.ops import WeightLayout
+
+
+def _conv(node: ir.Node, scope: Scope) -> Translated | None:
+    shape = _weight_shape(node, 1, scope)
+    if shape is None or len(shape) < 3:
+        return None
+    transposed = node.op_type == "ConvTranspose"
+    layout = WeightLayout(int(node.attributes.get_int("group", 1)), out_first=not transposed)
+    op = ops.Conv(layout, spatial=len(shape) - 2, transposed=transposed, padded=_padded(node, shape[2:]))
+    return Translated(op, Place(node, 1), Place(node, 2))
+
+
+def _padded(node: ir.Node, kernel: tuple[int, ...]) -> bool:
+    """Whether zeros are put around the input; ``pads`` counts only where ``auto_pad`` is NOTSET, and a kernel of size one needs no zeros to stay the same."""
+    mode = node.attributes.get_string("auto_pad", "NOTSET")
+    if mode == "NOTSET":
+        return any(node.attributes.get_ints("pads", ()))
+    return mode != "VALID" and any(size > 1 for size in kernel)
+
+
+def _gemm(node: ir.Node, scope: Scope) -> Translated | None:
+    """``alpha * A' B' + beta * C``; C is missing, or broadcasts against the output."""
+    weight, bias = Place(node, 1), Place(node, 2)
+    shape = _weight_shape(node, 1, scope)
+    beta = float(node.attributes.get_float("beta", 1.0))
+    if shape is None or len(shape) != 2 or node.attributes.get_int("transA", 0) or (bias.value is not None and beta == 0):
+        return None
+    layout = WeightLayout(out_first=bool(node.attributes.get_int("transB", 0)))
+    # beta means nothing while C is missing; it is set to 1 when the place is filled.
+    op = ops.Linear(layout, float(node.attributes.get_float("alpha", 1.0)), 1.0 if bias.value is None else beta)
+    return Translated(op, weight, bias)
+
+
+def _matmul(node: ir.Node, scope: Scope) -> Translated | None:
+    """A product with a constant matrix on the right; an Add of a vector that is its only reader is the bias."""
+    shape = _weight_shape(node, 1, scope)
+    if shape is None or len(shape) != 2 or node.inputs[1] not in scope.constants:
+        return None
+    op = ops.Linear(WeightLayout(out_first=False))
+    bias = _bias_behind(node, shape[1], scope)
+    if bias is None:
+        return Translated(op, Place(node, 1), Place(node, None))
+    return Translated(op, Place(node, 1), bias, outputs=tuple(bias.node.outputs), last=bias.node)
+
+
+def _bias_behind(node: ir.Node, features: int, scope: Scope) -> Place | None:
+    product = node.outputs[0]
+    uses = tuple(product.uses())
+    rank = scope.rank(product)
+    if len(uses) != 1 or product.is_graph_output() or rank is None:
+        return None
+    add = uses[0].node
+    other = add.inputs[1 - uses[0].idx] if len(add.inputs) == 2 else None
+    if add.domain != "" or add.op_type != "Add" or add.graph is not node.graph or other is None or other not in scope.constants:
+        return None
+    shape = scope.constants.tensor_shape(other)
+    is_vector = shape is not None and len(shape) <= rank and all(n == 1 for n in shape[:-1]) and (not shape or shape[-1] in {1, features})
+    return Place(add, 1 - uses[0].idx) if is_vector else None
+
+
+def _gather(node: ir.Node, scope: Scope) -> Translated | None:
+    """Rows of a constant table; the shift goes into an Add behind it."""
+    table, indices = node.inputs[0], node.inputs[1]
+    shape = _weight_shape(node, 0, scope)
+    if axis_attribute(node, 0) != 0 or shape is None or len(shape) != 2 or table is None or indices is None:
+        return None
+    if table not in scope.constants or scope.constants.obstacle(table) is not None:
+        return None
+    return Translated(ops.Embedding(WeightLayout(out_first=False)), Place(node, 0), Place(node, None))
+
+
+def _weight_shape(node: ir.Node, index: int, scope: Scope) -> tuple[int, ...] | None:
+    value = input_of(node, index)
+    return None if value is None else scope.constants.tensor_shape(value)
+
+
+RULES: dict[str, Rule] = {"Conv": _conv, "ConvTranspose": _conv, "Gemm": _gemm, "MatMul": _matmul, "Gather": _gather}

@@ -1,0 +1,82 @@
+"""Shapes and element types of the values of an ONNX model, by the shape inference of the onnx package."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+from onnx_ir.passes.common.constant_manipulation import LiftConstantsToInitializersPass
+
+from bnctl.graph.affine import Shape
+
+if TYPE_CHECKING:
+    import onnx
+
+_SMALL_BYTES = 1024
+"""Tensors up to this size keep their values for inference: it needs the targets of reshapes, not the weights."""
+
+_ANONYMOUS = {"", "?"}
+"""Names that exporters give to sizes that need not be equal (Paddle writes "?" for each)."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a value: its sizes (None where even the rank is unknown), and numpy's name of its element type ("" where unknown)."""
+
+    shape: Shape | None = None
+    dtype: str = ""
+
+    @property
+    def floating(self) -> bool:
+        """An element type of real numbers."""
+        return self.dtype.startswith(("float", "bfloat"))
+
+
+def infer_info(model: ir.Model) -> dict[str, TensorInfo]:
+    """Shape and type of each value of the main graph, by name, as far as they follow from the inputs.
+
+    The model is not changed and its weights are not copied. Where inference fails, what the file declares is all that is known.
+    """
+    import onnx
+
+    proto = _skeleton(model)
+    try:
+        proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+    except Exception:  # InferenceError, or an error of protobuf's: the model stays usable, with less known
+        pass
+    declared = (*proto.graph.input, *proto.graph.output, *proto.graph.value_info)
+    return {info.name: _info(info.type) for info in declared if info.type.HasField("tensor_type")}
+
+
+def _skeleton(model: ir.Model) -> onnx.ModelProto:
+    """The model without its large tensors: they become inputs, whose shape and type are known."""
+    clone = model.clone()
+    LiftConstantsToInitializersPass(size_limit=_SMALL_BYTES)(clone)
+    graph = clone.graph
+    for value in tuple(graph.initializers.values()):
+        tensor = value.const_value
+        if tensor is None or tensor.nbytes <= _SMALL_BYTES:
+            continue
+        graph.initializers.pop(str(value.name))
+        value.shape, value.type, value.const_value = ir.Shape(tensor.shape), ir.TensorType(tensor.dtype), None
+        if not value.is_graph_input():
+            graph.inputs.append(value)
+    return ir.to_proto(clone)
+
+
+def _info(proto: onnx.TypeProto) -> TensorInfo:
+    tensor = proto.tensor_type
+    shape = tuple(_size(dim) for dim in tensor.shape.dim) if tensor.HasField("shape") else None
+    return TensorInfo(shape, dtype_name(ir.DataType(tensor.elem_type)))
+
+
+def _size(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:
+    if dim.HasField("dim_value"):
+        return dim.dim_value if dim.dim_value >= 0 else None  # -1 is not valid, but written by some exporters
+    return dim.dim_param if dim.dim_param not in _ANONYMOUS else None
+
+
+def dtype_name(dtype: ir.DataType) -> str:
+    """Numpy's name of an element type ("float32", "bfloat16")."""
+    return "" if dtype == ir.DataType.UNDEFINED else dtype.numpy().name

@@ -1,0 +1,36 @@
+"""The parameters of a BatchNormalization node."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from bnctl.engines.onnx.constants import Constants
+
+Vector = NDArray[np.float64]
+
+EPSILON = 1e-5
+"""The operator's default."""
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Parameters of a BatchNorm; all vectors are float64 of shape (C,)."""
+
+    gamma: Vector
+    beta: Vector
+    mean: Vector
+    var: Vector
+    eps: float
+
+    @classmethod
+    def read(cls, node: ir.Node, constants: Constants) -> Statistics | None:
+        """Those of a BatchNormalization node, or None where one of them is not constant."""
+        arrays = [constants.array(value) for value in node.inputs[1:5]]
+        vectors = [np.asarray(a, np.float64) for a in arrays if a is not None]
+        if len(vectors) != 4:
+            return None
+        return cls(*vectors, eps=float(node.attributes.get_float("epsilon", EPSILON)))

@@ -1,0 +1,136 @@
+"""From a model in memory to the output that the user named; its form decides the format."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bnctl.errors import ModelError, UsageError
+from bnctl.models.digest import sha256_file
+from bnctl.models.model import Model
+from bnctl.models.write import atomic_path, refuse_existing
+
+if TYPE_CHECKING:
+    from bnctl.data.batches import Batch
+    from bnctl.report import Artifact
+
+
+def check_output(output: str | Path, kind: str, *, force: bool) -> Path:
+    """Refuse, before any work is done, an output that cannot be written in the end.
+
+    Raises:
+        UsageError: it exists and `force` is not set, its suffix is unknown, or the format does not fit the model.
+    """
+    path = Path(output)
+    if path.suffix in {".pt", ".pth", ".ckpt", ".safetensors"}:
+        raise UsageError(
+            f"{path}: cannot write {path.suffix}",
+            hint="give out.onnx, out.pt2 or a folder (a bundle with model.safetensors in it)",
+        )
+    if kind == "onnx" and path.suffix != ".onnx":
+        raise UsageError(f"{path}: an ONNX model is written as .onnx", hint="give -o out.onnx")
+    if not path.parent.is_dir():
+        raise UsageError(f"{path}: the folder {path.parent} does not exist", hint="create it first")
+    refuse_existing(path, force=force)
+    return path
+
+
+def save_model(
+    model: Model, output: str | Path, *, example: Batch | None, force: bool = False, static_batch: bool = False
+) -> Artifact:
+    """Write a model as what the output's form says: `.onnx`, `.pt2`, or a folder (a bundle).
+
+    Args:
+        model: the model.
+        output: where to.
+        example: inputs with which a torch model is exported.
+        force: replace an existing output.
+        static_batch: fix the batch size of an exported graph.
+
+    Raises:
+        UsageError: the output cannot be written, see :func:`check_output`.
+        ModelError: the model cannot be brought into this format.
+    """
+    from bnctl.report import Artifact
+
+    path = check_output(output, model.kind, force=force)
+    if path.suffix == ".onnx":
+        write_onnx(as_onnx(model, example, static_batch=static_batch), path, force=force)
+    elif path.suffix == ".pt2":
+        _write_pt2(model, path, example, force, static_batch)
+    else:
+        _write_bundle(model, path, example, force)
+    return Artifact(str(output), sha256_file(path / "bnctl.json" if path.is_dir() else path))
+
+
+def as_onnx(model: Model, example: Batch | None, *, static_batch: bool = False) -> Any:
+    """A model as ONNX, BN as it is."""
+    if model.kind == "onnx":
+        return model.native
+    from bnctl.engines.torch.export import to_onnx
+
+    return to_onnx(_program(model, example, static_batch), name=model.word)
+
+
+def write_onnx(native: Any, path: Path, *, force: bool) -> None:
+    """Check and write an ONNX model.
+
+    Raises:
+        ModelError: the checker refuses it.
+    """
+    import onnx
+
+    from bnctl.models.onnx_file import save_onnx
+
+    save_onnx(native, path, force=force)
+    try:
+        onnx.checker.check_model(str(path), full_check=False)
+    except onnx.checker.ValidationError as error:
+        path.unlink(missing_ok=True)
+        raise ModelError(
+            f"{path}: the written model is not valid: {str(error).splitlines()[0]}", hint="please report this"
+        ) from error
+
+
+def _program(model: Model, example: Batch | None, static_batch: bool) -> Any:
+    from bnctl.engines.torch.engine import copy_module
+    from bnctl.engines.torch.export import to_program
+    from bnctl.verify import resized
+
+    if model.program is not None:
+        return model.program
+    if example is None:
+        raise UsageError("an exported graph needs example inputs", hint="give --input 1x3x224x224 or --data")
+    if not static_batch and example.size < 2:
+        example = resized(example, 2)
+    module: Any = model.native
+    return to_program(copy_module(module, model.word), example, dynamic_batch=not static_batch, name=model.word)
+
+
+def _write_pt2(model: Model, path: Path, example: Batch | None, force: bool, static_batch: bool) -> None:
+    import torch
+
+    from bnctl.engines.torch.export import quiet
+
+    program = _program(model, example, static_batch)
+    with atomic_path(path, force=force) as new, quiet():
+        torch.export.save(program, new)
+
+
+def _write_bundle(model: Model, path: Path, example: Batch | None, force: bool) -> None:
+    from bnctl.models.bundle import save_bundle
+
+    if model.origin is None:
+        raise UsageError(
+            f"{model.word} has no Python class to rebuild, so it cannot be a bundle",
+            hint="write it as .pt2 or .onnx, or start from its factory",
+        )
+    shapes = (
+        []
+        if example is None
+        else [list(a.shape) for a in (*example.args, *example.kwargs.values()) if hasattr(a, "shape")]
+    )
+    native: Any = model.native
+    save_bundle(
+        path, native, model.origin, source={"path": model.word, "sha256": model.sha256}, inputs=shapes, force=force
+    )
