@@ -41,7 +41,14 @@ class Site:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON."""
-        return {"name": self.name, "action": self.action, "into": list(self.into), "code": self.code, "reason": self.reason, **self.details}
+        return {
+            "name": self.name,
+            "action": self.action,
+            "into": list(self.into),
+            "code": self.code,
+            "reason": self.reason,
+            **self.details,
+        }
 
 
 @dataclass(frozen=True)

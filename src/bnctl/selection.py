@@ -45,7 +45,9 @@ class Selection:
         for glob in (*self.where, *self.skip):
             if not any(fnmatchcase(name, glob) for name in known):
                 shown = ", ".join(known[:5]) + (", ..." if len(known) > 5 else "")
-                raise UsageError(f"no layer matches {glob!r}", hint=f"the layers are {shown or 'none'}; bnctl inspect lists them")
+                raise UsageError(
+                    f"no layer matches {glob!r}", hint=f"the layers are {shown or 'none'}; bnctl inspect lists them"
+                )
 
 
 def _globs(given: str | Iterable[str] | None) -> tuple[str, ...]:

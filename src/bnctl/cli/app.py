@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import click
 import typer
 
 from bnctl.cli import config, options
-from bnctl.cli.options import Format
-from bnctl.cli.output import progress_bar, write_error, write_report
+from bnctl.cli.common import reporting
+from bnctl.cli.output import progress_bar, write_error
+from bnctl.commands.setup import Setup
 from bnctl.errors import BnctlError, ExitCode, UsageError
-
-if TYPE_CHECKING:
-    from bnctl.commands.setup import Setup
-    from bnctl.report import Report
+from bnctl.models.save import Target
+from bnctl.report import Report
+from bnctl.selection import Selection
 
 app = typer.Typer(
     name="bnctl",
@@ -31,7 +29,8 @@ app = typer.Typer(
 
 @app.callback(invoke_without_command=True)
 def _main(
-    context: typer.Context, version: Annotated[bool, typer.Option("--version", help="show the version", is_eager=True)] = False
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="show the version", is_eager=True)] = False,
 ) -> None:
     if version:
         from bnctl import __version__
@@ -41,34 +40,18 @@ def _main(
 
 
 @app.command()
-def inspect(
-    model: options.ModelWord,
-    weights: options.Weights = None,
-    model_arg: options.ModelArgs = None,
-    factory: options.Factory = None,
-    trust: options.Trust = False,
-    device: options.DeviceOption = options.Device.CPU,
-    threads: options.Threads = 1,
-    input: options.Input = None,
-    data: options.Data = None,
-    preprocess: options.Preprocess = None,
-    batch_size: options.BatchSize = 32,
-    limit: options.Limit = None,
-    seed: options.Seed = 0,
-    json: options.AsJson = False,
-    format: options.FormatOption = Format.HUMAN,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = False,
-) -> None:
+@reporting
+def inspect(setup: Setup, model: options.ModelWord) -> Report:
     """Every normalisation layer, and every place where one could go."""
-    with _setup(locals()) as setup:
-        from bnctl.commands.inspect import run_inspect
+    from bnctl.commands.inspect import run_inspect
 
-        _finish(run_inspect(model, setup), locals())
+    return run_inspect(model, setup)
 
 
 @app.command()
+@reporting
 def insert(
+    setup: Setup,
     model: options.ModelWord,
     output: options.Output = None,
     where: options.Where = None,
@@ -77,36 +60,18 @@ def insert(
     tolerance: options.Tolerance = None,
     force: options.Force = False,
     dry_run: options.DryRun = False,
-    weights: options.Weights = None,
-    model_arg: options.ModelArgs = None,
-    factory: options.Factory = None,
-    trust: options.Trust = False,
-    device: options.DeviceOption = options.Device.CPU,
-    threads: options.Threads = 1,
-    input: options.Input = None,
-    data: options.Data = None,
-    preprocess: options.Preprocess = None,
-    batch_size: options.BatchSize = 32,
-    limit: options.Limit = None,
-    seed: options.Seed = 0,
-    json: options.AsJson = False,
-    format: options.FormatOption = Format.HUMAN,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = False,
-) -> None:
+) -> Report:
     """Insert BatchNorm after every conv and linear layer that feeds an activation; the function is preserved."""
-    _need_output(output, dry_run)
-    with _setup(locals()) as setup:
-        from bnctl.commands.insert import run_insert
-        from bnctl.selection import Selection
+    from bnctl.commands.insert import run_insert
 
-        selection = Selection(where, skip)
-        report = run_insert(model, output, setup, selection=selection, eps=eps, tolerance=tolerance, dry_run=dry_run, force=force)
-        _finish(report, locals())
+    target = Target.of(output, force=force, dry_run=dry_run)
+    return run_insert(model, target, setup, selection=Selection(where, skip), eps=eps, tolerance=tolerance)
 
 
 @app.command()
+@reporting
 def fold(
+    setup: Setup,
     model: options.ModelWord,
     output: options.Output = None,
     where: options.Where = None,
@@ -115,74 +80,37 @@ def fold(
     no_verify: Annotated[bool, typer.Option("--no-verify", help="do not compare before and after")] = False,
     force: options.Force = False,
     dry_run: options.DryRun = False,
-    weights: options.Weights = None,
-    model_arg: options.ModelArgs = None,
-    factory: options.Factory = None,
-    trust: options.Trust = False,
-    device: options.DeviceOption = options.Device.CPU,
-    threads: options.Threads = 1,
-    input: options.Input = None,
-    data: options.Data = None,
-    preprocess: options.Preprocess = None,
-    batch_size: options.BatchSize = 32,
-    limit: options.Limit = None,
-    seed: options.Seed = 0,
-    json: options.AsJson = False,
-    format: options.FormatOption = Format.HUMAN,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = False,
-) -> None:
+) -> Report:
     """Fold every affine that can be folded exactly into its neighbouring linear operators."""
-    _need_output(output, dry_run)
-    with _setup(locals()) as setup:
-        from bnctl.commands.fold import run_fold
-        from bnctl.selection import Selection
+    from bnctl.commands.fold import run_fold
 
-        selection = Selection(where, skip)
-        report = run_fold(
-            model, output, setup, selection=selection, tolerance=tolerance, verify=not no_verify, dry_run=dry_run, force=force
-        )
-        _finish(report, locals())
+    target = Target.of(output, force=force, dry_run=dry_run)
+    return run_fold(model, target, setup, selection=Selection(where, skip), tolerance=tolerance, verify=not no_verify)
 
 
 @app.command()
+@reporting
 def recalibrate(
+    setup: Setup,
     model: options.ModelWord,
     output: options.Output = None,
-    method: Annotated[str, typer.Option("--method", help="exact, or batch (PreciseBN)")] = "exact",
+    method: Annotated[options.Method, typer.Option("--method", help="exact, or batch (PreciseBN)")] = options.Method.EXACT,
     where: options.Where = None,
     skip: options.Skip = None,
     force: options.Force = False,
     dry_run: options.DryRun = False,
-    weights: options.Weights = None,
-    model_arg: options.ModelArgs = None,
-    factory: options.Factory = None,
-    trust: options.Trust = False,
-    device: options.DeviceOption = options.Device.CPU,
-    threads: options.Threads = 1,
-    input: options.Input = None,
-    data: options.Data = None,
-    preprocess: options.Preprocess = None,
-    batch_size: options.BatchSize = 32,
-    limit: options.Limit = None,
-    seed: options.Seed = 0,
-    json: options.AsJson = False,
-    format: options.FormatOption = Format.HUMAN,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = False,
-) -> None:
+) -> Report:
     """New running statistics from data."""
-    _need_output(output, dry_run)
-    with _setup(locals()) as setup:
-        from bnctl.commands.recalibrate import run_recalibrate
-        from bnctl.selection import Selection
+    from bnctl.commands.recalibrate import run_recalibrate
 
-        selection = Selection(where, skip)
-        _finish(run_recalibrate(model, output, setup, method=method, selection=selection, dry_run=dry_run, force=force), locals())
+    target = Target.of(output, force=force, dry_run=dry_run)
+    return run_recalibrate(model, target, setup, method=method.value, selection=Selection(where, skip))
 
 
 @app.command()
+@reporting
 def export(
+    setup: Setup,
     model: options.ModelWord,
     output: options.Output = None,
     keep_bn: Annotated[bool, typer.Option("--keep-bn", help="keep BatchNorm as nodes; by default it is folded")] = False,
@@ -190,138 +118,72 @@ def export(
     tolerance: options.Tolerance = None,
     force: options.Force = False,
     dry_run: options.DryRun = False,
-    weights: options.Weights = None,
-    model_arg: options.ModelArgs = None,
-    factory: options.Factory = None,
-    trust: options.Trust = False,
-    device: options.DeviceOption = options.Device.CPU,
-    threads: options.Threads = 1,
-    input: options.Input = None,
-    data: options.Data = None,
-    preprocess: options.Preprocess = None,
-    batch_size: options.BatchSize = 32,
-    limit: options.Limit = None,
-    seed: options.Seed = 0,
-    json: options.AsJson = False,
-    format: options.FormatOption = Format.HUMAN,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = False,
-) -> None:
+) -> Report:
     """Write ONNX, with BatchNorm folded or kept."""
-    _need_output(output, dry_run)
-    with _setup(locals()) as setup:
-        from bnctl.commands.export import run_export
+    from bnctl.commands.export import run_export
 
-        target = output or Path("out.onnx")
-        report = run_export(
-            model, target, setup, keep_bn=keep_bn, static_batch=static_batch, tolerance=tolerance, dry_run=dry_run, force=force
-        )
-        _finish(report, locals())
+    target = Target.of(output, force=force, dry_run=dry_run)
+    return run_export(model, target, setup, keep_bn=keep_bn, static_batch=static_batch, tolerance=tolerance)
 
 
 @app.command()
+@reporting
 def verify(
+    setup: Setup,
     baseline: Annotated[str, typer.Argument(metavar="BASELINE", help="the model that is right by definition")],
     candidate: Annotated[str, typer.Argument(metavar="CANDIDATE", help="the model to be judged")],
     tolerance: options.Tolerance = None,
-    weights: options.Weights = None,
-    model_arg: options.ModelArgs = None,
-    factory: options.Factory = None,
-    trust: options.Trust = False,
-    device: options.DeviceOption = options.Device.CPU,
-    threads: options.Threads = 1,
-    input: options.Input = None,
-    data: options.Data = None,
-    preprocess: options.Preprocess = None,
-    batch_size: options.BatchSize = 32,
-    limit: options.Limit = None,
-    seed: options.Seed = 0,
-    json: options.AsJson = False,
-    format: options.FormatOption = Format.HUMAN,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = False,
-) -> None:
+) -> Report:
     """Whether two models compute the same, and the first layer that differs."""
-    with _setup(locals()) as setup:
-        from bnctl.commands.verify import run_verify
+    from bnctl.commands.verify import run_verify
 
-        _finish(run_verify(baseline, candidate, setup, tolerance=tolerance), locals())
+    return run_verify(baseline, candidate, setup, tolerance=tolerance)
 
 
 @app.command()
+@reporting
 def bench(
+    setup: Setup,
     baseline: Annotated[str, typer.Argument(metavar="BASELINE")],
     candidates: Annotated[list[str], typer.Argument(metavar="CANDIDATE...")],
-    gate: Annotated[list[str] | None, typer.Option("--gate", metavar="EXPR", help='"latency.ratio<=1.05", "top1.drop<=0.5"; repeatable')] = None,
+    gate: Annotated[
+        list[str] | None, typer.Option("--gate", metavar="EXPR", help='"latency.ratio<=1.05", "top1.drop<=0.5"; repeatable')
+    ] = None,
     no_latency: Annotated[bool, typer.Option("--no-latency", help="accuracy only")] = False,
     no_accuracy: Annotated[bool, typer.Option("--no-accuracy", help="latency only")] = False,
     processes: Annotated[int, typer.Option("--processes", min=2, help="worker processes to begin with")] = 5,
     max_processes: Annotated[int, typer.Option("--max-processes", min=2, help="when to give up on the precision")] = 15,
     precision: Annotated[float, typer.Option("--precision", min=0.0001, help="half width of the interval of the ratio")] = 0.01,
-    weights: options.Weights = None,
-    model_arg: options.ModelArgs = None,
-    factory: options.Factory = None,
-    trust: options.Trust = False,
-    device: options.DeviceOption = options.Device.CPU,
-    threads: options.Threads = 1,
-    input: options.Input = None,
-    data: options.Data = None,
-    preprocess: options.Preprocess = None,
-    batch_size: options.BatchSize = 32,
-    limit: options.Limit = None,
-    seed: options.Seed = 0,
-    json: options.AsJson = False,
-    format: options.FormatOption = Format.HUMAN,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = False,
-) -> None:
+) -> Report:
     """Accuracy and latency before and after; gates for CI."""
-    with _setup(locals()) as setup:
-        from bnctl.bench.spec import LatencyOptions
-        from bnctl.commands.bench import run_bench_command
+    from bnctl.bench.spec import LatencyOptions
+    from bnctl.commands.bench import run_bench_command
 
-        how = LatencyOptions(
-            threads=threads,
-            device=device.value,
-            processes=processes,
-            max_processes=max(processes, max_processes),
-            precision=precision,
-            seed=seed,
-        )
-        words = [baseline, *candidates]
-        report = run_bench_command(words, setup, gates=gate or (), accuracy=not no_accuracy, latency=not no_latency, options=how)
-        _finish(report, locals())
+    how = LatencyOptions(
+        threads=setup.threads,
+        device=setup.device,
+        processes=processes,
+        max_processes=max(processes, max_processes),
+        precision=precision,
+        seed=setup.seed,
+    )
+    words = [baseline, *candidates]
+    return run_bench_command(words, setup, gates=gate or (), accuracy=not no_accuracy, latency=not no_latency, options=how)
 
 
 @app.command()
-def check(
-    model: options.ModelWord,
-    weights: options.Weights = None,
-    model_arg: options.ModelArgs = None,
-    factory: options.Factory = None,
-    trust: options.Trust = False,
-    device: options.DeviceOption = options.Device.CPU,
-    threads: options.Threads = 1,
-    input: options.Input = None,
-    data: options.Data = None,
-    preprocess: options.Preprocess = None,
-    batch_size: options.BatchSize = 32,
-    limit: options.Limit = None,
-    seed: options.Seed = 0,
-    json: options.AsJson = False,
-    format: options.FormatOption = Format.HUMAN,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = False,
-) -> None:
+@reporting
+def check(setup: Setup, model: options.ModelWord) -> Report:
     """A linter for BatchNorm: exit code 1 if there are findings."""
-    with _setup(locals()) as setup:
-        from bnctl.commands.check import run_check
+    from bnctl.commands.check import run_check
 
-        _finish(run_check(model, setup), locals())
+    return run_check(model, setup)
 
 
 @app.command()
-def explain(code: Annotated[str | None, typer.Argument(metavar="CODE", help="BN101; without it, all codes")] = None) -> None:
+def explain(
+    code: Annotated[str | None, typer.Argument(metavar="CODE", help="BN101; without it, all codes")] = None,
+) -> None:
     """What a code means, why, and what to do."""
     from rich.console import Console
 
@@ -348,45 +210,6 @@ def demo(
 
     with progress_bar(show=not quiet) as progress:
         raise typer.Exit(run_demo(output, force=force, progress=progress))
-
-
-@contextmanager
-def _setup(given: dict[str, Any]) -> Iterator[Setup]:
-    """The common options as one object, with a progress bar around the work."""
-    from bnctl.commands.setup import Setup
-    from bnctl.data.synthetic import parse_input
-
-    context = click.get_current_context()
-    if given["json"]:
-        context.ensure_object(dict)["json"] = True
-    with progress_bar(show=not given["quiet"]) as progress:
-        yield Setup(
-            weights=given["weights"],
-            model_args=options.parse_model_args(given["model_arg"]),
-            trust=given["trust"],
-            trusted_factories=tuple((context.find_root().obj or {}).get("trusted-factories", ())),
-            factory=given["factory"],
-            inputs=tuple(parse_input(word) for word in given["input"] or ()),
-            data=given["data"],
-            preprocess=given["preprocess"],
-            batch_size=given["batch_size"],
-            limit=given["limit"],
-            seed=given["seed"],
-            device=given["device"].value,
-            threads=given["threads"],
-            progress=progress,
-        )
-
-
-def _finish(report: Report, given: dict[str, Any]) -> None:
-    form = Format.JSON if given["json"] else given["format"]
-    write_report(report, form, quiet=given["quiet"], verbose=given["verbose"])
-    raise typer.Exit(report.exit_code)
-
-
-def _need_output(output: Path | None, dry_run: bool) -> None:
-    if output is None and not dry_run:
-        raise UsageError("where to write?", hint="give -o out.onnx, -o out.pt2 or -o folder/, or --dry-run to see the plan")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -417,7 +240,11 @@ def run(arguments: list[str]) -> int:
         sys.stderr.write("interrupted\n")
         return int(ExitCode.INTERRUPTED)
     except click.ClickException as error:
-        write_error(UsageError(error.format_message(), hint=f"bnctl {command} --help".replace("  ", " ")), as_json=as_json, command=command)
+        write_error(
+            UsageError(error.format_message(), hint=f"bnctl {command} --help".replace("  ", " ")),
+            as_json=as_json,
+            command=command,
+        )
         return int(ExitCode.USAGE)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
@@ -443,5 +270,3 @@ def _internal(error: Exception, *, as_json: bool, command: str) -> int:
     )
     write_error(wrapped, as_json=as_json, command=command)
     return int(ExitCode.INTERNAL)
-
-

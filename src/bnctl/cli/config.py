@@ -44,15 +44,23 @@ def default_map(settings: dict[str, Any], commands: dict[str, set[str]], path: P
     known = set().union(*commands.values())
     for key in general:
         if key.replace("-", "_") not in known:
-            raise UsageError(f"{path}: unknown setting {key!r}", hint="settings are named like the long options: batch-size = 64")
+            raise UsageError(
+                f"{path}: unknown setting {key!r}", hint="settings are named like the long options: batch-size = 64"
+            )
     found: dict[str, Any] = {}
     for command, options in commands.items():
         own = {**general, **settings.get(command, {})}
         for key in settings.get(command, {}):
             if key.replace("-", "_") not in options:
-                raise UsageError(f"{path}: bnctl {command} has no option {key!r}", hint=f"bnctl {command} --help lists them")
-        found[command] = {key.replace("-", "_"): value for key, value in own.items() if key.replace("-", "_") in options}
+                raise UsageError(
+                    f"{path}: bnctl {command} has no option {key!r}", hint=f"bnctl {command} --help lists them"
+                )
+        found[command] = {
+            key.replace("-", "_"): value for key, value in own.items() if key.replace("-", "_") in options
+        }
     for key, value in settings.items():
         if isinstance(value, dict) and key not in commands:
-            raise UsageError(f"{path}: there is no command {key!r}", hint="tables are named like commands: [tool.bnctl.bench]")
+            raise UsageError(
+                f"{path}: there is no command {key!r}", hint="tables are named like commands: [tool.bnctl.bench]"
+            )
     return found

@@ -19,27 +19,48 @@ def render(report: Report, form: Format) -> str:
 
 def markdown(report: Report) -> str:
     """A heading, the summary, and a table of the layers."""
-    lines = [f"### bnctl {report.command}", "", " · ".join(f"{key} **{value}**" for key, value in _summary(report).items()), ""]
+    lines = [
+        f"### bnctl {report.command}",
+        "",
+        " · ".join(f"{key} **{value}**" for key, value in _summary(report).items()),
+        "",
+    ]
     if report.verification is not None:
         v = report.verification
-        lines += [f"{'Equal' if v['passed'] else '**Different**'} on {v['samples']} samples, largest relative error {v['max_rel_error']}.", ""]
+        lines += [
+            f"{'Equal' if v['passed'] else '**Different**'} on {v['samples']} samples, largest relative error {v['max_rel_error']}.",
+            "",
+        ]
     for gate in report.details.get("gates", ()):
         lines.append(f"- `{gate['expression']}`: **{gate['verdict']}**, {gate['detail']}")
     if report.sites:
         lines += ["| layer | action | into | code | why |", "|---|---|---|---|---|"]
-        lines += [f"| `{s.name}` | {s.action} | {', '.join(s.into)} | {s.code or ''} | {_cell(s.reason)} |" for s in report.sites]
+        lines += [
+            f"| `{s.name}` | {s.action} | {', '.join(s.into)} | {s.code or ''} | {_cell(s.reason)} |"
+            for s in report.sites
+        ]
     return "\n".join([*lines, *(f"> {note}" for note in report.notes)])
 
 
 def github(report: Report) -> str:
     """Workflow commands: an error where the command failed, a warning per finding, one notice with the summary."""
     lines = []
-    level = "error" if report.exit_code is ExitCode.FAILED else "warning" if report.exit_code is ExitCode.INCONCLUSIVE else "notice"
+    level = (
+        "error"
+        if report.exit_code is ExitCode.FAILED
+        else "warning"
+        if report.exit_code is ExitCode.INCONCLUSIVE
+        else "notice"
+    )
     for gate in report.details.get("gates", ()):
         if gate["verdict"] != "pass":
             kind = "error" if gate["verdict"] == "fail" else "warning"
             lines.append(f"::{kind} title=bnctl {_property(gate['expression'])}::{_message(gate['detail'])}")
-    lines += [f"::warning title=bnctl {s.code}::{_message(f'{s.name}: {s.reason}')}" for s in report.sites if s.action == "finding"]
+    lines += [
+        f"::warning title=bnctl {s.code}::{_message(f'{s.name}: {s.reason}')}"
+        for s in report.sites
+        if s.action == "finding"
+    ]
     if report.verification is not None and not report.verification["passed"]:
         lines.append(f"::error title=bnctl {report.command}::{_message(str(report.verification['reason']))}")
     summary = " · ".join(f"{key} {value}" for key, value in _summary(report).items())
@@ -49,10 +70,14 @@ def github(report: Report) -> str:
 def junit(report: Report) -> str:
     """One test case per gate or finding, or one for the whole command; inconclusive is an error, not a failure."""
     suite = ElementTree.Element("testsuite", name=f"bnctl {report.command}", time=f"{report.elapsed_s:.3f}")
-    cases: list[tuple[str, str, str]] = [(g["expression"], g["verdict"], g["detail"]) for g in report.details.get("gates", ())]
+    cases: list[tuple[str, str, str]] = [
+        (g["expression"], g["verdict"], g["detail"]) for g in report.details.get("gates", ())
+    ]
     cases += [(f"{s.name} {s.code}", "fail", s.reason or "") for s in report.sites if s.action == "finding"]
     if report.verification is not None:
-        cases.append(("equivalence", "pass" if report.verification["passed"] else "fail", str(report.verification["reason"])))
+        cases.append(
+            ("equivalence", "pass" if report.verification["passed"] else "fail", str(report.verification["reason"]))
+        )
     verdicts = {ExitCode.OK: "pass", ExitCode.INCONCLUSIVE: "inconclusive"}
     for name, verdict, detail in cases or [(report.command, verdicts.get(report.exit_code, "fail"), "")]:
         case = ElementTree.SubElement(suite, "testcase", classname=f"bnctl.{report.command}", name=name)

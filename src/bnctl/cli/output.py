@@ -56,7 +56,12 @@ def write_error(error: BnctlError, *, as_json: bool, command: str) -> None:
                 "schema_version": SCHEMA_VERSION,
                 "command": command,
                 "bnctl": __version__,
-                "error": {"kind": type(error).__name__, "message": error.message, "hint": error.hint, "exit_code": int(error.exit_code)},
+                "error": {
+                    "kind": type(error).__name__,
+                    "message": error.message,
+                    "hint": error.hint,
+                    "exit_code": int(error.exit_code),
+                },
                 "verification": getattr(error, "verification", None),
             }
         )
@@ -73,7 +78,13 @@ def progress_bar(*, show: bool) -> Iterator[Progress]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         tasks: dict[str, Any] = {}
 

@@ -47,7 +47,15 @@ def _parts(report: Report, *, verbose: bool) -> list[RenderableType]:
 
 
 def _table(title: str, *columns: str, right: tuple[str, ...] = ()) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        header_style="bold",
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+    )
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left", overflow="fold")
     return table
@@ -62,7 +70,9 @@ def _sites(report: Report, verbose: bool) -> RenderableType:
     table = _table(report.command, "layer", "", "drift" if drift else "into", "code", "why", right=("drift",))
     for site in shown:
         third = _drift(site) if drift else ", ".join(site.into)
-        table.add_row(site.name, Text(site.action, style=_STYLES.get(site.action, "")), third, site.code or "", site.reason or "")
+        table.add_row(
+            site.name, Text(site.action, style=_STYLES.get(site.action, "")), third, site.code or "", site.reason or ""
+        )
     if len(shown) == len(sites):
         return table
     rest = Text(f"... {len(sites) - len(shown)} more: {_counts(sites)} (--verbose shows all)", style="dim")
@@ -90,12 +100,24 @@ def _places(places: list[dict[str, Any]], verbose: bool) -> RenderableType:
     if len(shown) == len(places):
         return table
     counts = Counter("insertable" if p["insertable"] else p["code"] for p in places)
-    rest = Text("... " + ", ".join(f"{n} {what}" for what, n in counts.most_common()) + " (--verbose shows all)", style="dim")
+    rest = Text(
+        "... " + ", ".join(f"{n} {what}" for what, n in counts.most_common()) + " (--verbose shows all)", style="dim"
+    )
     return Group(table, rest) if shown else rest
 
 
 def _accuracy(rows: list[dict[str, Any]]) -> Table:
-    table = _table("accuracy", "metric", "model", "baseline", "candidate", "difference", "95 % interval", "discordant", right=("baseline", "candidate", "difference"))
+    table = _table(
+        "accuracy",
+        "metric",
+        "model",
+        "baseline",
+        "candidate",
+        "difference",
+        "95 % interval",
+        "discordant",
+        right=("baseline", "candidate", "difference"),
+    )
     for row in rows:
         low, high = (100 * x for x in row["ci95"])
         table.add_row(
@@ -111,7 +133,18 @@ def _accuracy(rows: list[dict[str, Any]]) -> Table:
 
 
 def _latency(rows: list[dict[str, Any]]) -> Table:
-    table = _table("latency", "model", "runtime", "batch", "ratio", "95 % interval", "A/A noise", "p50 ms", "p99 ms", right=("batch", "ratio", "p50 ms", "p99 ms"))
+    table = _table(
+        "latency",
+        "model",
+        "runtime",
+        "batch",
+        "ratio",
+        "95 % interval",
+        "A/A noise",
+        "p50 ms",
+        "p99 ms",
+        right=("batch", "ratio", "p50 ms", "p99 ms"),
+    )
     for row in rows:
         low, high = row["ci95"]
         table.add_row(

@@ -22,7 +22,9 @@ def run_bench_command(
     models = [
         BenchModel(
             word=word.word,
-            weights=str(word.weights) if isinstance(word, FactoryWord) and word.weights is not None and "@" not in word.word else None,
+            weights=str(word.weights)
+            if isinstance(word, FactoryWord) and word.weights is not None and "@" not in word.word
+            else None,
             model_args=dict(setup.model_args) if isinstance(word, FactoryWord) else None,
             trust=setup.trust,
             trusted_factories=setup.trusted_factories,

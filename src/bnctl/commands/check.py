@@ -20,11 +20,15 @@ def run_check(word: str, setup: Setup) -> Report:
     findings = []
     for site in report.sites:
         if site.action == "foldable":
-            findings.append(replace(site, action="finding", code="BN401", reason=f"can be folded into {', '.join(site.into)}"))
+            findings.append(
+                replace(site, action="finding", code="BN401", reason=f"can be folded into {', '.join(site.into)}")
+            )
         elif site.code in {"BN105", "BN115"}:
             findings.append(replace(site, action="finding"))
         if site.details.get("zero_scales"):
-            findings.append(Site(site.name, "finding", (), "BN402", f"{site.details['zero_scales']} channels have scale 0"))
+            findings.append(
+                Site(site.name, "finding", (), "BN402", f"{site.details['zero_scales']} channels have scale 0")
+            )
     return replace(
         report,
         command="check",

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from bnctl.models.model import Model
 
 
-def check_equivalence(before: Model, after: Model, example: Batch, *, tolerance: float | None = None, device: str = "cpu") -> Verification:
+def check_equivalence(
+    before: Model, after: Model, example: Batch, *, tolerance: float | None = None, device: str = "cpu"
+) -> Verification:
     """Run both models on the example and on batches of other sizes (where the model takes them), with runtime optimisations off."""
     baseline, candidate = open_runner(before, device=device), open_runner(after, device=device)
     batches = [example, *(b for b in other_batch_sizes(example) if accepts(baseline, b))]

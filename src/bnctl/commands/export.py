@@ -11,11 +11,20 @@ from bnctl.commands.fold import fold_model
 from bnctl.commands.setup import Setup
 from bnctl.errors import ModelError, UsageError
 from bnctl.models.model import Model
+from bnctl.models.save import Target
 from bnctl.report import Artifact, Report
 
 
 def run_export(
-    word: str, output: Path, setup: Setup, *, keep_bn: bool, static_batch: bool, tolerance: float | None, dry_run: bool, force: bool
+    word: str,
+    output: Path,
+    setup: Setup,
+    *,
+    keep_bn: bool,
+    static_batch: bool,
+    tolerance: float | None,
+    dry_run: bool,
+    force: bool,
 ) -> Report:
     """Export a model; the ONNX file is compared with the model that was given, on the example and on other batch sizes.
 
@@ -29,14 +38,15 @@ def run_export(
 
     started = time.perf_counter()
     if output.suffix != ".onnx":
-        raise UsageError(f"{output}: export writes ONNX", hint="give -o out.onnx; bnctl fold writes .pt2 and bundles too")
+        raise UsageError(
+            f"{output}: export writes ONNX", hint="give -o out.onnx; bnctl fold writes .pt2 and bundles too"
+        )
     model = setup.open(word)
-    if not dry_run:
-        check_output(output, model.kind, force=force)
+    target.check(model.kind)
     example = setup.example(model)
     folded, report = model, Report("export", Artifact(model.word, model.sha256))
     if not keep_bn:
-        outcome = fold_model(model, example, tolerance=tolerance, dry_run=dry_run, device=setup.device)
+        outcome = fold_model(model, example, tolerance=tolerance, dry_run=target.dry_run, device=setup.device)
         folded, report = outcome.model, replace(outcome.report, command="export")
     if dry_run:
         return report
@@ -46,13 +56,20 @@ def run_export(
     require(verification, "export", word)
     kept = Counter(node.op_type for node in native.graph)["BatchNormalization"]
     if keep_bn and model.kind == "torch" and not kept and _has_norm(model):
-        raise ModelError(f"{word}: the exporter dropped the BatchNorms", hint="please report this; export without --keep-bn")
+        raise ModelError(
+            f"{word}: the exporter dropped the BatchNorms", hint="please report this; export without --keep-bn"
+        )
     artifact = write_onnx(native, output, force=force)
     return replace(
         report,
         output=artifact,
         verification=verification.to_dict(),
-        summary={**report.summary, "bn_nodes": kept, "nodes": sum(1 for _ in native.graph), "opset": native.opset_imports.get("")},
+        summary={
+            **report.summary,
+            "bn_nodes": kept,
+            "nodes": sum(1 for _ in native.graph),
+            "opset": native.opset_imports.get(""),
+        },
         elapsed_s=time.perf_counter() - started,
     )
 

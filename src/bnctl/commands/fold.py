@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from bnctl.commands.setup import Setup
 from bnctl.plan.fold import FoldPlan, plan_fold
+from bnctl.models.save import Target
 from bnctl.report import Artifact, Report, Site
 from bnctl.selection import Selection
 
@@ -63,23 +64,26 @@ def fold_model(
 
 
 def run_fold(
-    word: str, output: Path | None, setup: Setup, *, selection: Selection, tolerance: float | None, verify: bool, dry_run: bool, force: bool
+    word: str,
+    output: Path | None,
+    setup: Setup,
+    *,
+    selection: Selection,
+    tolerance: float | None,
+    verify: bool,
+    dry_run: bool,
+    force: bool,
 ) -> Report:
     """The command: fold a model and write it."""
-    from bnctl.models.save import check_output, save_model
-
     started = time.perf_counter()
     model = setup.open(word)
-    if output is not None and not dry_run:
-        check_output(output, model.kind, force=force)
+    target.check(model.kind)
     example = setup.example(model)
     outcome = fold_model(
-        model, example, selection=selection, tolerance=tolerance, verify=verify, dry_run=dry_run, device=setup.device
+        model, example, selection=selection, tolerance=tolerance, verify=verify, dry_run=target.dry_run, device=setup.device
     )
     report = outcome.report
-    if output is not None and not dry_run:
-        report = replace(report, output=save_model(outcome.model, output, example=example, force=force))
-    return replace(report, elapsed_s=time.perf_counter() - started)
+    return replace(report, output=target.save(outcome.model, example), elapsed_s=time.perf_counter() - started)
 
 
 def _report(model: Model, plan: FoldPlan) -> Report:

@@ -14,6 +14,7 @@ from bnctl.codes import Obstacle
 from bnctl.commands.fold import Outcome
 from bnctl.commands.setup import Progress, Setup, no_progress
 from bnctl.plan.insert import InsertSite, plan_insert
+from bnctl.models.save import Target
 from bnctl.report import Artifact, Report, Site
 from bnctl.selection import Selection
 
@@ -77,23 +78,33 @@ def insert_model(
 
 
 def run_insert(
-    word: str, output: Path | None, setup: Setup, *, selection: Selection, eps: float, tolerance: float | None, dry_run: bool, force: bool
+    word: str,
+    output: Path | None,
+    setup: Setup,
+    *,
+    selection: Selection,
+    eps: float,
+    tolerance: float | None,
+    dry_run: bool,
+    force: bool,
 ) -> Report:
     """The command: insert norms and write the model."""
-    from bnctl.models.save import check_output, save_model
-
     started = time.perf_counter()
     model = setup.open(word)
-    if output is not None and not dry_run:
-        check_output(output, model.kind, force=force)
+    target.check(model.kind)
     batches = [setup.example(model)] if dry_run and setup.data is None else setup.batches()
     outcome = insert_model(
-        model, batches, selection=selection, eps=eps, tolerance=tolerance, dry_run=dry_run, device=setup.device, progress=setup.progress
+        model,
+        batches,
+        selection=selection,
+        eps=eps,
+        tolerance=tolerance,
+        dry_run=dry_run,
+        device=setup.device,
+        progress=setup.progress,
     )
     report = outcome.report
-    if output is not None and not dry_run:
-        report = replace(report, output=save_model(outcome.model, output, example=next(iter(batches)), force=force))
-    return replace(report, elapsed_s=time.perf_counter() - started)
+    return replace(report, output=target.save(outcome.model, first_of(batches)), elapsed_s=time.perf_counter() - started)
 
 
 def _with_enough_values(site: InsertSite, moments: Mapping[str, Moments]) -> InsertSite:
@@ -127,6 +138,8 @@ def _report(model: Model, plan: Iterable[InsertSite], moments: Mapping[str, Mome
             "in training they react violently (BN208)"
         )
     if inserted:
-        notes.append("the function is preserved in eval mode; in training mode a BatchNorm uses batch statistics, so the function changes there")
+        notes.append(
+            "the function is preserved in eval mode; in training mode a BatchNorm uses batch statistics, so the function changes there"
+        )
     summary = {"found": len(sites), "inserted": inserted, "left": len(sites) - inserted}
     return Report("insert", Artifact(model.word, model.sha256), sites=tuple(sites), summary=summary, notes=tuple(notes))

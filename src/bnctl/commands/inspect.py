@@ -29,7 +29,14 @@ def inspect_model(model: Model, example: Batch) -> Report:
     fold = plan_fold(graph)
     affine = {node.layer: node for node in graph.nodes if isinstance(node.op, Affine)}
     sites = [
-        Site(s.name, "foldable" if s.action == "folded" else "left", s.into, s.code, s.reason, _details(graph, affine.get(s.name)))
+        Site(
+            s.name,
+            "foldable" if s.action == "folded" else "left",
+            s.into,
+            s.code,
+            s.reason,
+            _details(graph, affine.get(s.name)),
+        )
         for s in fold.sites
     ]
     places = plan_insert(graph, last_axis=engine.last_axis)
@@ -45,7 +52,13 @@ def inspect_model(model: Model, example: Batch) -> Report:
         for p in places
     ]
     foldable = sum(s.action == "foldable" for s in sites)
-    summary = {"found": len(sites), "foldable": foldable, "left": len(sites) - foldable, "linear": len(places), "insertable": len(open_places)}
+    summary = {
+        "found": len(sites),
+        "foldable": foldable,
+        "left": len(sites) - foldable,
+        "linear": len(places),
+        "insertable": len(open_places),
+    }
     return Report(
         "inspect",
         Artifact(model.word, model.sha256),

@@ -79,13 +79,21 @@ class Setup:
             UsageError: there is no `--data`.
         """
         if self.data is None:
-            raise UsageError("this command needs data", hint="give --data folder/, file.npz, package.module:loader or random:N with --input")
+            raise UsageError(
+                "this command needs data",
+                hint="give --data folder/, file.npz, package.module:loader or random:N with --input",
+            )
         from bnctl.data.open import open_data
         from bnctl.data.preprocess import load_preprocess
 
         preprocess = load_preprocess(self.preprocess) if self.preprocess else None
         return open_data(
-            self.data, batch_size=self.batch_size, preprocess=preprocess, inputs=self.inputs, seed=self.seed, limit=self.limit
+            self.data,
+            batch_size=self.batch_size,
+            preprocess=preprocess,
+            inputs=self.inputs,
+            seed=self.seed,
+            limit=self.limit,
         )
 
     def example(self, model: Model) -> Batch:
@@ -104,4 +112,7 @@ class Setup:
             from bnctl.engines.onnx.signature import input_specs
 
             return random_batch(input_specs(model.native), seed=self.seed)
-        raise UsageError(f"{model.word} does not say what its inputs look like", hint="give --input 1x3x224x224 (repeatable) or --data")
+        raise UsageError(
+            f"{model.word} does not say what its inputs look like",
+            hint="give --input 1x3x224x224 (repeatable) or --data",
+        )

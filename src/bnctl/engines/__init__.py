@@ -45,11 +45,15 @@ class Engine(Protocol):
         """The model with the plan carried out."""
         ...
 
-    def calibrate(self, captured: Captured, sites: Sequence[InsertSite], batches: Iterable[Batch]) -> Mapping[str, Moments]:
+    def calibrate(
+        self, captured: Captured, sites: Sequence[InsertSite], batches: Iterable[Batch]
+    ) -> Mapping[str, Moments]:
         """Moments of the values behind each site, by site name, in one pass over the data."""
         ...
 
-    def insert(self, captured: Captured, sites: Sequence[InsertSite], moments: Mapping[str, Moments], eps: float) -> Model:
+    def insert(
+        self, captured: Captured, sites: Sequence[InsertSite], moments: Mapping[str, Moments], eps: float
+    ) -> Model:
         """The model with a norm behind each site that computes the identity."""
         ...
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
@@ -62,10 +62,10 @@ def load_onnx(path: str | os.PathLike[str]) -> onnx_ir.Model:
     return model
 
 
-def save_onnx(model: onnx_ir.Model, path: str | os.PathLike[str], *, force: bool = False) -> None:
+def save_onnx(model: onnx_ir.Model, path: str | os.PathLike[str], *, force: bool = False, check: Callable[[Path], None] | None = None) -> None:
     """Write a model in one step, its large tensors to `<path>.data` beside it where it had external data or is above 1.9 GB.
 
-    The data file is in place before the model that refers to it. Checking the result is the caller's.
+    The data file is in place before the model that refers to it. `check` is given the complete file before it is put in place.
 
     Raises:
         UsageError: the output, or the data file it needs, exists and `force` is not set.
@@ -84,6 +84,8 @@ def save_onnx(model: onnx_ir.Model, path: str | os.PathLike[str], *, force: bool
             onnx_ir.save(model, folder / target.name, external_data=data.name if external else None)
         except (OSError, ValueError, TypeError) as error:
             raise ModelError(f"{target} cannot be written: {type(error).__name__}: {error}") from error
+        if check is not None:
+            check(folder / target.name)
         for output in outputs:
             # No data file is written when every tensor is small.
             if (folder / output.name).exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,44 @@ from bnctl.models.write import atomic_path, refuse_existing
 if TYPE_CHECKING:
     from bnctl.data.batches import Batch
     from bnctl.report import Artifact
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a command writes, and how.
+
+    Args:
+        path: its form decides the format; None for a dry run.
+        force: replace an existing output.
+    """
+
+    path: Path | None
+    force: bool = False
+
+    @classmethod
+    def of(cls, output: Path | None, *, force: bool, dry_run: bool) -> Target:
+        """From the options of a command.
+
+        Raises:
+            UsageError: neither an output nor a dry run was asked for.
+        """
+        if output is None and not dry_run:
+            raise UsageError("where to write?", hint="give -o out.onnx, -o out.pt2 or -o folder/, or --dry-run to see the plan")
+        return cls(None if dry_run else output, force)
+
+    @property
+    def dry_run(self) -> bool:
+        """Nothing is to be written."""
+        return self.path is None
+
+    def check(self, kind: str) -> None:
+        """Refuse, before any work is done, an output that cannot be written in the end."""
+        if self.path is not None:
+            check_output(self.path, kind, force=self.force)
+
+    def save(self, model: Model, example: Batch | None) -> Artifact | None:
+        """Write the model; nothing on a dry run."""
+        return None if self.path is None else save_model(model, self.path, example=example, force=self.force)
 
 
 def check_output(output: str | Path, kind: str, *, force: bool) -> Path:
@@ -55,8 +94,8 @@ def save_model(
 
     path = check_output(output, model.kind, force=force)
     if path.suffix == ".onnx":
-        write_onnx(as_onnx(model, example, static_batch=static_batch), path, force=force)
-    elif path.suffix == ".pt2":
+        return write_onnx(as_onnx(model, example, static_batch=static_batch), path, force=force)
+    if path.suffix == ".pt2":
         _write_pt2(model, path, example, force, static_batch)
     else:
         _write_bundle(model, path, example, force)
@@ -72,24 +111,27 @@ def as_onnx(model: Model, example: Batch | None, *, static_batch: bool = False) 
     return to_onnx(_program(model, example, static_batch), name=model.word)
 
 
-def write_onnx(native: Any, path: Path, *, force: bool) -> None:
-    """Check and write an ONNX model.
+def write_onnx(native: Any, path: Path, *, force: bool) -> Artifact:
+    """Write an ONNX model, check the file, and only then put it in place.
 
     Raises:
         ModelError: the checker refuses it.
     """
+    from bnctl.models.onnx_file import save_onnx
+    from bnctl.report import Artifact
+
+    save_onnx(native, path, force=force, check=_check_onnx)
+    return Artifact(str(path), sha256_file(path))
+
+
+def _check_onnx(path: Path) -> None:
     import onnx
 
-    from bnctl.models.onnx_file import save_onnx
-
-    save_onnx(native, path, force=force)
     try:
-        onnx.checker.check_model(str(path), full_check=False)
+        onnx.checker.check_model(str(path))
     except onnx.checker.ValidationError as error:
-        path.unlink(missing_ok=True)
-        raise ModelError(
-            f"{path}: the written model is not valid: {str(error).splitlines()[0]}", hint="please report this"
-        ) from error
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{path.name}: the result is not valid ONNX: {reason}", hint="please report the model; nothing was written") from error
 
 
 def _program(model: Model, example: Batch | None, static_batch: bool) -> Any:

@@ -101,7 +101,9 @@ def plan_fold(graph: Graph, *, selected: Callable[[str], bool] = lambda name: Tr
         open_sites = left
     return FoldPlan(
         sites=tuple(
-            _report(name, sites[name], into, reasons) for name in sites if name in into or any(map(_is_norm, sites[name]))
+            _report(name, sites[name], into, reasons)
+            for name in sites
+            if name in into or any(map(_is_norm, sites[name]))
         ),
         edits=tuple(draft.edits()),
         removed=tuple(node for name in into for node in sites[name]),
@@ -123,7 +125,9 @@ def _sites(graph: Graph) -> dict[str, list[Node]]:
 
 
 def _is_norm(node: Node) -> bool:
-    return (isinstance(node.op, Affine) and node.op.norm) or (isinstance(node.op, Norm) and node.op.obstacle is not None)
+    return (isinstance(node.op, Affine) and node.op.norm) or (
+        isinstance(node.op, Norm) and node.op.obstacle is not None
+    )
 
 
 def _report(name: str, nodes: list[Node], into: dict[str, tuple[str, ...]], reasons: dict[str, Obstacle]) -> Site:
@@ -164,7 +168,9 @@ class _Draft:
         crossed: set[int] = set()
         back = self._try(nodes, self._back, crossed)
         if not isinstance(back, Obstacle):  # what went into the layer now is what came out of it
-            became = {self.resolve(node.inputs[0]): self.meaning.get(node.outputs[0], node.outputs[0]) for node in nodes}
+            became = {
+                self.resolve(node.inputs[0]): self.meaning.get(node.outputs[0], node.outputs[0]) for node in nodes
+            }
             return self._commit(nodes, back, dict.fromkeys(crossed) | became)
         crossed.clear()
         ahead = self._try(nodes, self._ahead, crossed)

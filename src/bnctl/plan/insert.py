@@ -10,7 +10,18 @@ from bnctl.codes import Obstacle
 from bnctl.graph import ops
 from bnctl.graph.graph import Graph, Node
 
-_TRANSPARENT = (ops.Identity, ops.Reshape, ops.Permute, ops.Concat, ops.Slice, ops.Sum, ops.Average, ops.MaxPool, ops.Mean, ops.Affine)
+_TRANSPARENT = (
+    ops.Identity,
+    ops.Reshape,
+    ops.Permute,
+    ops.Concat,
+    ops.Slice,
+    ops.Sum,
+    ops.Average,
+    ops.MaxPool,
+    ops.Mean,
+    ops.Affine,
+)
 _NOT_HIDDEN = {"softmax", "log_softmax"}
 
 Selection = Literal["yes", "named", "no"]
@@ -41,7 +52,9 @@ class InsertSite:
         return tuple(node.outputs[0] for node in self.nodes)
 
 
-def plan_insert(graph: Graph, *, selection: Callable[[str], Selection] = lambda name: "yes", last_axis: bool = False) -> tuple[InsertSite, ...]:
+def plan_insert(
+    graph: Graph, *, selection: Callable[[str], Selection] = lambda name: "yes", last_axis: bool = False
+) -> tuple[InsertSite, ...]:
     """Judge every linear layer of a graph.
 
     Args:
@@ -54,10 +67,14 @@ def plan_insert(graph: Graph, *, selection: Callable[[str], Selection] = lambda 
         if isinstance(node.op, ops.LinearOp) and not isinstance(node.op, ops.Embedding):
             layers.setdefault(node.layer, []).append(node)
     before_linear = _leads_to_linear(graph)
-    return tuple(_judge(graph, name, nodes, selection(name), last_axis, before_linear) for name, nodes in layers.items())
+    return tuple(
+        _judge(graph, name, nodes, selection(name), last_axis, before_linear) for name, nodes in layers.items()
+    )
 
 
-def _judge(graph: Graph, name: str, nodes: list[Node], selection: Selection, last_axis: bool, before_linear: set[int]) -> InsertSite:
+def _judge(
+    graph: Graph, name: str, nodes: list[Node], selection: Selection, last_axis: bool, before_linear: set[int]
+) -> InsertSite:
     op = nodes[0].op
     assert isinstance(op, ops.LinearOp) and nodes[0].weight is not None and nodes[0].weight.shape is not None
     _, features = op.layout.channels(nodes[0].weight.shape)
@@ -76,7 +93,11 @@ def _judge(graph: Graph, name: str, nodes: list[Node], selection: Selection, las
         obstacle = Obstacle("BN202", "no linear layer comes after it")
     elif "activation" not in reached and selection != "named":
         obstacle = Obstacle("BN203", "its output does not go into an activation")
-    elif rank is None or (isinstance(op, ops.Conv) and rank != op.spatial + 2) or (spatial is None and (not last_axis or rank < 3)):
+    elif (
+        rank is None
+        or (isinstance(op, ops.Conv) and rank != op.spatial + 2)
+        or (spatial is None and (not last_axis or rank < 3))
+    ):
         obstacle = Obstacle("BN205", f"its output has {'an unknown number of' if rank is None else rank} axes")
     return InsertSite(name, site.nodes, features, spatial, obstacle)
 

@@ -14,8 +14,8 @@ from bnctl.codes import Obstacle
 from bnctl.engines.onnx.shapes import TensorInfo
 
 _EVALUATED = frozenset(
-    "Add Cast Concat ConstantOfShape Div Exp Expand Flatten Gather Identity Mul Neg Pow Range Reciprocal Reshape Shape Slice Split Sqrt Squeeze Sub "
-    "Sum Transpose Unsqueeze".split()
+    "Abs Add Cast Concat ConstantOfShape Div Exp Expand Flatten Gather Identity Max Min Mul Neg Pow Range Reciprocal ReduceL2 ReduceMean ReduceSum "
+    "Reshape Slice Split Sqrt Squeeze Sub Sum Transpose Unsqueeze".split()
 )
 """Operators without randomness and subgraphs that exporters put on parameters. DequantizeLinear is not one: folding would leave the grid."""
 

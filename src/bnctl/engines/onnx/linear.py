@@ -41,9 +41,9 @@ def _gemm(node: ir.Node, scope: Scope) -> Translated | None:
 
 
 def _matmul(node: ir.Node, scope: Scope) -> Translated | None:
-    """A product with a constant matrix on the right; an Add of a vector that is its only reader is the bias."""
-    shape = _weight_shape(node, 1, scope)
-    if shape is None or len(shape) != 2 or node.inputs[1] not in scope.constants:
+    """A product with a stored matrix on the right; an Add of a vector that is its only reader is the bias."""
+    shape, obstacle = _weight_shape(node, 1, scope), scope.constants.obstacle(node.inputs[1]) if node.inputs[1] is not None else None
+    if shape is None or len(shape) != 2 or (obstacle is not None and obstacle.code == "BN108"):  # a product of two values is no layer
         return None
     op = ops.Linear(WeightLayout(out_first=False))
     bias = _bias_behind(node, shape[1], scope)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common.constant_manipulation import LiftConstantsToInitializersPass
 
@@ -38,15 +39,48 @@ def infer_info(model: ir.Model) -> dict[str, TensorInfo]:
 
     The model is not changed and its weights are not copied. Where inference fails, what the file declares is all that is known.
     """
+    proto = _inferred(_skeleton(model))
+    known = _collected(proto)
+    outputs = [_conv_output(node, known) for node in proto.graph.node if node.op_type in {"Conv", "ConvTranspose"}]
+    unknown = [output for output in outputs if output is not None and known.get(output.name, TensorInfo()).shape is None]
+    if not unknown:
+        return known
+    kept = [info for info in proto.graph.value_info if info.name not in {output.name for output in unknown}]
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend([*kept, *unknown])
+    return _collected(_inferred(proto))
+
+
+def _inferred(proto: onnx.ModelProto) -> onnx.ModelProto:
     import onnx
 
-    proto = _skeleton(model)
     try:
-        proto = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+        return onnx.shape_inference.infer_shapes(proto, data_prop=True)
     except Exception:  # InferenceError, or an error of protobuf's: the model stays usable, with less known
-        pass
+        return proto
+
+
+def _collected(proto: onnx.ModelProto) -> dict[str, TensorInfo]:
     declared = (*proto.graph.input, *proto.graph.output, *proto.graph.value_info)
-    return {info.name: _info(info.type) for info in declared if info.type.HasField("tensor_type")}
+    found = {info.name: _info(info.type) for info in declared if info.type.HasField("tensor_type")}
+    found |= {t.name: TensorInfo(tuple(t.dims), dtype_name(ir.DataType(t.data_type))) for t in proto.graph.initializer}
+    return found
+
+
+def _conv_output(node: onnx.NodeProto, known: dict[str, TensorInfo]) -> onnx.ValueInfoProto | None:
+    """The number of axes and of channels of a convolution's output follow from its weight, where nothing is known of its input."""
+    import onnx
+
+    weight = known.get(node.input[1], TensorInfo())
+    if weight.shape is None or len(weight.shape) < 3:
+        return None
+    groups = next((a.i for a in node.attribute if a.name == "group"), 1)
+    channels = weight.shape[0] if node.op_type == "Conv" else weight.shape[1]
+    if not isinstance(channels, int):
+        return None
+    shape = [None, channels if node.op_type == "Conv" else channels * groups, *[None] * (len(weight.shape) - 2)]
+    dtype = ir.DataType.from_numpy(np.dtype(weight.dtype))
+    return onnx.helper.make_tensor_value_info(node.output[0], int(dtype), shape)
 
 
 def _skeleton(model: ir.Model) -> onnx.ModelProto:

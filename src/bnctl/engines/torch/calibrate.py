@@ -34,11 +34,15 @@ def output_moments(model: nn.Module, axes: Mapping[str, int], batches: Iterable[
     def gather(name: str, axis: int, output: Tensor) -> None:
         moments = activation_moments(output.movedim(axis, 1) if output.ndim > 2 else output)
         if not torch.isfinite(torch.from_numpy(moments.m2)).all():
-            raise DataError(f"batch {number}: the output of {name} is not finite", hint="look for NaN or infinity in the data")
+            raise DataError(
+                f"batch {number}: the output of {name} is not finite", hint="look for NaN or infinity in the data"
+            )
         gathered[name] = gathered[name].merge(moments) if name in gathered else moments
 
     handles = [
-        model.get_submodule(name).register_forward_hook(lambda module, args, output, n=name, a=axis: gather(n, a, output))
+        model.get_submodule(name).register_forward_hook(
+            lambda module, args, output, n=name, a=axis: gather(n, a, output)
+        )
         for name, axis in axes.items()
     ]
     try:
@@ -53,4 +57,3 @@ def output_moments(model: nn.Module, axes: Mapping[str, int], batches: Iterable[
     if number == 0:
         raise DataError("the data hold no batch", hint="check --data")
     return gathered
-

@@ -44,13 +44,17 @@ def apply_edits(model: nn.Module, edits: Iterable[Mapping[str, Any]]) -> None:
             _APPLY[edit["edit"]](model, edit)
         except (KeyError, AttributeError, TypeError, ValueError) as error:
             raise ModelError(
-                f"cannot apply the edit {dict(edit)}: {error}", hint="the model that the factory builds is not the one that was edited"
+                f"cannot apply the edit {dict(edit)}: {error}",
+                hint="the model that the factory builds is not the one that was edited",
             ) from error
 
 
 def removal_edit(removal: Removal) -> Edit:
     """The edit that takes out an affine layer."""
-    tail = [{"child": s.child} if s.child is not None else {"op": s.op, "args": list(s.args[0]), "kwargs": dict(s.args[1])} for s in removal.tail]
+    tail = [
+        {"child": s.child} if s.child is not None else {"op": s.op, "args": list(s.args[0]), "kwargs": dict(s.args[1])}
+        for s in removal.tail
+    ]
     return {"edit": "remove", "module": removal.path, "tail": tail}
 
 
@@ -87,7 +91,9 @@ def _bias(model: nn.Module, edit: Mapping[str, Any]) -> None:
     layer = model.get_submodule(edit["module"])
     weight = layer.get_parameter("weight")
     features = layer.out_channels if hasattr(layer, "out_channels") else layer.out_features
-    bias = nn.Parameter(torch.zeros(int(features), dtype=weight.dtype, device=weight.device), requires_grad=weight.requires_grad)  # type: ignore[arg-type]
+    bias = nn.Parameter(
+        torch.zeros(int(features), dtype=weight.dtype, device=weight.device), requires_grad=weight.requires_grad
+    )  # type: ignore[arg-type]
     layer.register_parameter("bias", bias)
 
 

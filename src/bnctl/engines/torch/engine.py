@@ -74,14 +74,21 @@ class TorchEngine:
         edits = apply_fold(native.module, native.lifted, plan)
         return _edited(captured.model, native.module, edits)
 
-    def calibrate(self, captured: Captured, sites: Sequence[InsertSite], batches: Iterable[Batch]) -> Mapping[str, Moments]:
+    def calibrate(
+        self, captured: Captured, sites: Sequence[InsertSite], batches: Iterable[Batch]
+    ) -> Mapping[str, Moments]:
         """Moments of the outputs of layers, all calls of a layer together."""
         return output_moments(captured.native.module, {site.name: _channel_axis(site) for site in sites}, batches)
 
-    def insert(self, captured: Captured, sites: Sequence[InsertSite], moments: Mapping[str, Moments], eps: float) -> Model:
+    def insert(
+        self, captured: Captured, sites: Sequence[InsertSite], moments: Mapping[str, Moments], eps: float
+    ) -> Model:
         """Hang an identity BatchNorm below each layer; names of all other parameters stay."""
         module: nn.Module = captured.native.module
-        edits = [{"edit": "insert", "module": s.name, "norm": _norm_name(s), "features": s.features, "eps": eps} for s in sites]
+        edits = [
+            {"edit": "insert", "module": s.name, "norm": _norm_name(s), "features": s.features, "eps": eps}
+            for s in sites
+        ]
         apply_edits(module, edits)
         for site in sites:
             norm = inserted_norm(module.get_submodule(site.name))
@@ -99,11 +106,14 @@ def copy_module(module: Any, name: str) -> nn.Module:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch's own, on copying the tree specs of an exported graph
+            warnings.simplefilter(
+                "ignore", FutureWarning
+            )  # torch's own, on copying the tree specs of an exported graph
             copied: nn.Module = copy.deepcopy(module)
     except Exception as error:
         raise ModelError(
-            f"{name} cannot be copied: {type(error).__name__}: {error}", hint="detach tensors that the module keeps as plain attributes"
+            f"{name} cannot be copied: {type(error).__name__}: {error}",
+            hint="detach tensors that the module keeps as plain attributes",
         ) from error
     return give_layers_back(copied) if isinstance(copied, fx.GraphModule) else copied
 
@@ -140,7 +150,9 @@ def _make_identity(norm: nn.modules.batchnorm._BatchNorm, moments: Moments) -> N
     with torch.no_grad():
         norm.running_mean.copy_(torch.from_numpy(moments.mean))
         norm.running_var.copy_(torch.from_numpy(moments.variance()))
-        gamma, beta = identity_parameters(norm.running_mean.double().cpu().numpy(), norm.running_var.double().cpu().numpy(), norm.eps)
+        gamma, beta = identity_parameters(
+            norm.running_mean.double().cpu().numpy(), norm.running_var.double().cpu().numpy(), norm.eps
+        )
         norm.weight.copy_(torch.from_numpy(gamma))
         norm.bias.copy_(torch.from_numpy(beta))
 

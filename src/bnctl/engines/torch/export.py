@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from bnctl.data.batches import Batch
 
 
-def to_program(module: nn.Module, batch: Batch, *, dynamic_batch: bool = True, name: str = "the model") -> torch.export.ExportedProgram:
+def to_program(
+    module: nn.Module, batch: Batch, *, dynamic_batch: bool = True, name: str = "the model"
+) -> torch.export.ExportedProgram:
     """Export a module in eval mode.
 
     Args:
@@ -42,7 +44,11 @@ def to_program(module: nn.Module, batch: Batch, *, dynamic_batch: bool = True, n
         try:
             return torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
         except Exception as error:
-            hint = "use --static-batch to fix the batch size, or write a bundle (-o folder/)" if dynamic_batch else "write a bundle (-o folder/)"
+            hint = (
+                "use --static-batch to fix the batch size, or write a bundle (-o folder/)"
+                if dynamic_batch
+                else "write a bundle (-o folder/)"
+            )
             raise ModelError(f"torch.export cannot capture {name}: {_first_line(error)}", hint=hint) from error
 
 
@@ -59,7 +65,9 @@ def to_onnx(program: torch.export.ExportedProgram, *, name: str = "the model") -
         try:
             converted = torch.onnx.export(program, dynamo=True, optimize=False, verbose=False)
         except Exception as error:
-            raise ModelError(f"torch.onnx cannot convert {name}: {_first_line(error)}", hint="write a .pt2 or a bundle instead") from error
+            raise ModelError(
+                f"torch.onnx cannot convert {name}: {_first_line(error)}", hint="write a .pt2 or a bundle instead"
+            ) from error
     assert converted is not None
     model: onnx_ir.Model = converted.model
     return tidy(model)
@@ -93,7 +101,11 @@ def _name_by_layer(model: onnx_ir.Model) -> None:
     nodes: dict[str, list[onnx_ir.Node]] = {}
     for node in model.graph:
         scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
-        if len(scopes) > 1 and scopes[-2] and node.op_type in {"Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization"}:
+        if (
+            len(scopes) > 1
+            and scopes[-2]
+            and node.op_type in {"Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization"}
+        ):
             nodes.setdefault(scopes[-2], []).append(node)
     for path, found in nodes.items():
         if len(found) == 1:
@@ -104,7 +116,11 @@ def _name_batch(model: onnx_ir.Model) -> None:
     """Call the one symbol on axis 0 of the inputs "batch" wherever it stands; the exporter numbers its symbols."""
     import onnx_ir as ir
 
-    symbols = {str(v.shape[0]) for v in model.graph.inputs if v.shape is not None and len(v.shape) and not isinstance(v.shape[0], int)}
+    symbols = {
+        str(v.shape[0])
+        for v in model.graph.inputs
+        if v.shape is not None and len(v.shape) and not isinstance(v.shape[0], int)
+    }
     if len(symbols) != 1:
         return
     symbol = symbols.pop()

@@ -85,7 +85,9 @@ class _Lifter(Operands):
             kind = Obstacle("BN108", f"the weight of {self.layer(call)} is computed in every pass")
             return Slot(f"computed:{item.value}", shape, obstacle=kind)
         prefix = f"{call.within.path}." if call.within.path else ""
-        key = next((n for n in names if n.rpartition(".")[0] == (call.within.path or "") and n.startswith(prefix)), names[0])
+        key = next(
+            (n for n in names if n.rpartition(".")[0] == (call.within.path or "") and n.startswith(prefix)), names[0]
+        )
         obstacle = None
         if item.value in self.foreign_reads:
             obstacle = Obstacle("BN106", f"{key} is also read by {self.foreign_reads[item.value]}")
@@ -120,7 +122,13 @@ class _Lifter(Operands):
                 node, parts = self._layer_of(node, call, removals)
                 swallowed |= parts
             nodes.append(node)
-        graph = Graph(tuple(nodes), self._values(nodes), tuple(self.trace.inputs), tuple(self.trace.outputs), type(self.trace.root).__name__)
+        graph = Graph(
+            tuple(nodes),
+            self._values(nodes),
+            tuple(self.trace.inputs),
+            tuple(self.trace.outputs),
+            type(self.trace.root).__name__,
+        )
         return Lifted(graph, removals)
 
     def _node(self, call: OpCall) -> Node:
@@ -157,21 +165,31 @@ class _Lifter(Operands):
     def _no_layer_of_its_own(self, call: OpCall) -> Obstacle | None:
         """Whether a norm can be hung behind a linear operator: its output must be the output of a module that stores its weight."""
         within = call.within
-        if within.path is not None and within.outputs == list(call.outputs) and "weight" in dict(within.module.named_parameters(recurse=False)):
+        if (
+            within.path is not None
+            and within.outputs == list(call.outputs)
+            and "weight" in dict(within.module.named_parameters(recurse=False))
+        ):
             return None
         return Obstacle("BN206", f"{call.op} is computed in the forward of {within.path or 'the model itself'}")
 
     def _owner_of_statistics(self, call: OpCall) -> str | None:
         """The module that owns the running mean of a BatchNorm, wherever it is computed."""
         refs = [item for item in call.args if isinstance(item, Ref)]
-        names = [name for item in refs for name in self.trace.parameters.get(item.value, ()) if name.endswith("running_mean")]
+        names = [
+            name for item in refs for name in self.trace.parameters.get(item.value, ()) if name.endswith("running_mean")
+        ]
         return names[0].rpartition(".")[0] if names else None
 
     def _reads_outside_slots(self) -> dict[int, str]:
         """Parameters that some operator reads in a way that no slot covers: they must keep their values."""
         found: dict[int, str] = {}
         for call in self.trace.ops:
-            own = {call.args[i] for i in PARAMETER_ARGUMENTS.get(call.op, ()) if i < len(call.args) and isinstance(call.args[i], Ref)}
+            own = {
+                call.args[i]
+                for i in PARAMETER_ARGUMENTS.get(call.op, ())
+                if i < len(call.args) and isinstance(call.args[i], Ref)
+            }
             for value in call.inputs:
                 if value in self.trace.parameters and Ref(value) not in own:
                     found[value] = f"{call.op} in {self.layer(call)}"
@@ -192,7 +210,10 @@ class _Lifter(Operands):
         used = {v for n in nodes for v in (*n.inputs, *n.outputs)} | set(self.trace.inputs) | set(self.trace.outputs)
         info = self.trace.info
         return {
-            v: Value(v, names.get(v, f"value {v}"), info[v].shape, str(info[v].dtype).removeprefix("torch."), observed.get(v)) for v in sorted(used)
+            v: Value(
+                v, names.get(v, f"value {v}"), info[v].shape, str(info[v].dtype).removeprefix("torch."), observed.get(v)
+            )
+            for v in sorted(used)
         }
 
 

@@ -181,7 +181,15 @@ class _Recorder(TorchDispatchMode):
             return result  # the operator handed back its input: nothing happened
         changed = [t for t in before if id(t) in {id(w) for w in written}]
         outputs = tuple(self.new_value(t) for t in (*changed, *fresh))
-        call = OpCall(str(func), recorded_args, recorded_kwargs, inputs, outputs, self.current, torch.Tag.nondeterministic_seeded in func.tags)
+        call = OpCall(
+            str(func),
+            recorded_args,
+            recorded_kwargs,
+            inputs,
+            outputs,
+            self.current,
+            torch.Tag.nondeterministic_seeded in func.tags,
+        )
         self.trace.ops.append(call)
         if inputs and not call.random and not changed and all(v in self.trace.tensors for v in inputs):
             self.trace.tensors.update(zip(outputs, fresh, strict=True))
@@ -201,7 +209,11 @@ class _Recorder(TorchDispatchMode):
     def _touch_aliases(self, tensor: Tensor) -> None:
         """Every other living tensor over the written storage becomes a new value that depends on the write."""
         storage = tensor.untyped_storage()._cdata if tensor.layout == torch.strided else None
-        stored = [t for t in self.stored.values() if storage is not None and t.layout == torch.strided and t.untyped_storage()._cdata == storage]
+        stored = [
+            t
+            for t in self.stored.values()
+            if storage is not None and t.layout == torch.strided and t.untyped_storage()._cdata == storage
+        ]
         others = [*self.storages.get(storage or 0, {}).keys(), *stored]
         for other in {id(t): t for t in others if t is not tensor and t.untyped_storage()._cdata == storage}.values():
             inputs = (self.value_of(other), self.value_of(tensor))
@@ -236,7 +248,9 @@ class _Recorder(TorchDispatchMode):
         self.trace.result = result
         self.trace.outputs = [self.value_of(t) for t in tensors_in(result)]
         gc.collect()
-        self.trace.held = {v for t, v in self.versions.items() if id(t) not in self.names and v not in self.trace.tensors} - set(self.trace.inputs)
+        self.trace.held = {
+            v for t, v in self.versions.items() if id(t) not in self.names and v not in self.trace.tensors
+        } - set(self.trace.inputs)
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

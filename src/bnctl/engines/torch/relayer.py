@@ -56,7 +56,9 @@ def give_layers_back(graph_module: fx.GraphModule) -> fx.GraphModule:
 _Build = Callable[[dict[str, torch.Tensor | None], list[Any], int], nn.Module | None]
 
 
-def _layer(graph_module: fx.GraphModule, arguments: list[Any], build: _Build, node: fx.Node) -> tuple[str, nn.Module] | None:
+def _layer(
+    graph_module: fx.GraphModule, arguments: list[Any], build: _Build, node: fx.Node
+) -> tuple[str, nn.Module] | None:
     """The module that a call stands for, and its path: all its parameters must hang below one holder, under a layer's usual names."""
     weight = arguments[0]
     if not isinstance(weight, str) or not weight.endswith(".weight"):
@@ -74,7 +76,11 @@ def _layer(graph_module: fx.GraphModule, arguments: list[Any], build: _Build, no
     if module is None or dict(holder.named_children()):
         return None
     for name, tensor in tensors.items():
-        setattr(module, name, tensor if isinstance(tensor, nn.Parameter | None) or name.startswith("running") else nn.Parameter(tensor))
+        setattr(
+            module,
+            name,
+            tensor if isinstance(tensor, nn.Parameter | None) or name.startswith("running") else nn.Parameter(tensor),
+        )
     own = dict(holder.named_parameters(recurse=False)) | dict(holder.named_buffers(recurse=False))
     if set(own) - set(dict(module.named_parameters()) | dict(module.named_buffers())):
         return None

@@ -44,7 +44,9 @@ class Head:
     calls: tuple[OpCall, ...]
 
 
-def analyse(call: ModuleCall, inside: list[OpCall], node_of: Callable[[OpCall], Node], trace: Trace) -> tuple[Head, Removal] | None:
+def analyse(
+    call: ModuleCall, inside: list[OpCall], node_of: Callable[[OpCall], Node], trace: Trace
+) -> tuple[Head, Removal] | None:
     """Take a module call apart into an affine head and a tail; None where it is more than that.
 
     Args:
@@ -75,7 +77,9 @@ def _head(
     found: tuple[AffineMap | None, int, int] = (None, source, 0)
     whole: AffineMap | None = None
     value = source
-    back: list[Callable[[AffineMap], AffineMap | None]] = []  # from the axes of the current value to those of the source
+    back: list[
+        Callable[[AffineMap], AffineMap | None]
+    ] = []  # from the axes of the current value to those of the source
     order: tuple[int, ...] | None = tuple(range(rank))  # where a permutation has brought the axes; None after a reshape
     for position, op_call in enumerate(data):
         if op_call.within is not call:
@@ -104,7 +108,11 @@ def _head(
                 order = tuple(order[a] for a in axes) if order is not None else None
             case _:
                 break
-        reshaped_back = order is None and new == shape and not any(isinstance(node_of(c).op, ops.Permute) for c in data[: position + 1])
+        reshaped_back = (
+            order is None
+            and new == shape
+            and not any(isinstance(node_of(c).op, ops.Permute) for c in data[: position + 1])
+        )
         if whole is not None and (order == tuple(range(rank)) or reshaped_back):
             found = (whole, value, position + 1)
     return found
@@ -143,14 +151,20 @@ def _child_call(op_call: OpCall, parent: ModuleCall) -> ModuleCall | None:
 
 POINTWISE = frozenset(
     f"aten.{name}{suffix}.default"
-    for name in "relu relu6 hardtanh silu gelu sigmoid tanh hardswish hardsigmoid leaky_relu elu selu celu mish softplus clamp neg".split()
+    for name in ["relu", "relu6", "hardtanh", "silu", "gelu", "sigmoid", "tanh", "hardswish", "hardsigmoid", "leaky_relu", "elu", "selu", "celu", "mish", "softplus", "clamp", "neg"]
     for suffix in ("", "_")
 )
 """Elementwise operators that may be kept as such: they need no shapes, so they are right for any input."""
 
 
 def _pointwise(call: OpCall) -> Step | None:
-    plain = isinstance(call.args[0], Ref) and all(isinstance(a, (int, float, str, bool, type(None))) for a in call.args[1:])
-    if call.op not in POINTWISE or not plain or any(not isinstance(v, (int, float, str, bool)) for v in call.kwargs.values()):
+    plain = isinstance(call.args[0], Ref) and all(
+        isinstance(a, (int, float, str, bool, type(None))) for a in call.args[1:]
+    )
+    if (
+        call.op not in POINTWISE
+        or not plain
+        or any(not isinstance(v, (int, float, str, bool)) for v in call.kwargs.values())
+    ):
         return None
     return Step(op=call.op, args=(call.args[1:], tuple(sorted(call.kwargs.items()))))

@@ -98,7 +98,9 @@ def _any_nonzero(padding: Any) -> bool:
 # Linear operators
 
 
-def _linear(op: ops.LinearOp, weight: Any, bias: Any, call: OpCall, operands: Operands, *, room: bool = True) -> Translated | None:
+def _linear(
+    op: ops.LinearOp, weight: Any, bias: Any, call: OpCall, operands: Operands, *, room: bool = True
+) -> Translated | None:
     slot = operands.weight(weight, call)
     if slot is None or (bias is not None and operands.constant(bias) is None):
         return None
@@ -110,10 +112,20 @@ def _conv(call: OpCall, operands: Operands, *, padding: int, groups: int, transp
     spatial = len(operands.shape(weight)) - 2
     layout = ops.WeightLayout(groups, out_first=not transposed)
     padded = _any_nonzero(_arg(call, padding, 0))
-    return _linear(ops.Conv(layout, spatial=spatial, transposed=transposed, padded=padded), weight, _arg(call, 2), call, operands)
+    return _linear(
+        ops.Conv(layout, spatial=spatial, transposed=transposed, padded=padded), weight, _arg(call, 2), call, operands
+    )
 
 
-@_entry("conv1d.default", "conv2d.default", "conv3d.default", "conv1d.padding", "conv2d.padding", "conv3d.padding", parameters=(1, 2))
+@_entry(
+    "conv1d.default",
+    "conv2d.default",
+    "conv3d.default",
+    "conv1d.padding",
+    "conv2d.padding",
+    "conv3d.padding",
+    parameters=(1, 2),
+)
 def _(call: OpCall, operands: Operands) -> Translated | None:
     return _conv(call, operands, padding=4, groups=_arg(call, 6, 1), transposed=False)
 
@@ -145,7 +157,7 @@ def _(call: OpCall, operands: Operands) -> Translated | None:
 @_entry("addmm.default", parameters=(0, 2))
 def _(call: OpCall, operands: Operands) -> Translated | None:
     beta, alpha = call.kwargs.get("beta", 1), call.kwargs.get("alpha", 1)
-    if beta == 0 or isinstance(_arg(call, 1), Ref) and operands.constant(_arg(call, 1)) is not None:
+    if beta == 0 or (isinstance(_arg(call, 1), Ref) and operands.constant(_arg(call, 1)) is not None):
         return None
     op = ops.Linear(ops.WeightLayout(out_first=False), weight_factor=float(alpha), bias_factor=float(beta))
     return _linear(op, _arg(call, 2), _arg(call, 0), call, operands)
@@ -173,7 +185,13 @@ def _batch_norm(call: OpCall, operands: Operands, *, batch_statistics: bool, eps
     return Translated(ops.Affine(AffineMap.along(1, rank, scale, shift), norm=True, axis=1), *slots)
 
 
-@_entry("batch_norm.default", "native_batch_norm.default", "instance_norm.default", "cudnn_batch_norm.default", parameters=(1, 2, 3, 4))
+@_entry(
+    "batch_norm.default",
+    "native_batch_norm.default",
+    "instance_norm.default",
+    "cudnn_batch_norm.default",
+    parameters=(1, 2, 3, 4),
+)
 def _(call: OpCall, operands: Operands) -> Translated | None:
     return _batch_norm(call, operands, batch_statistics=bool(_arg(call, 5)), eps=_arg(call, 7))
 
@@ -183,7 +201,13 @@ def _(call: OpCall, operands: Operands) -> Translated | None:
     return _batch_norm(call, operands, batch_statistics=False, eps=_arg(call, 6))
 
 
-@_entry("group_norm.default", "layer_norm.default", "native_layer_norm.default", "native_group_norm.default", "rms_norm.default")
+@_entry(
+    "group_norm.default",
+    "layer_norm.default",
+    "native_layer_norm.default",
+    "native_group_norm.default",
+    "rms_norm.default",
+)
 def _(call: OpCall, operands: Operands) -> Translated | None:
     return Translated(ops.Norm(call.op.split(".")[1]))
 
@@ -191,7 +215,9 @@ def _(call: OpCall, operands: Operands) -> Translated | None:
 # Element by element
 
 
-def _affine(call: OpCall, operands: Operands, combine: Callable[[Array], tuple[Array, Array]], data: int = 0) -> Translated | None:
+def _affine(
+    call: OpCall, operands: Operands, combine: Callable[[Array], tuple[Array, Array]], data: int = 0
+) -> Translated | None:
     constant = operands.constant(_arg(call, 1 - data))
     shape = operands.shape(_arg(call, data))
     if constant is None or not isinstance(_arg(call, data), Ref) or operands.constant(_arg(call, data)) is not None:
@@ -204,7 +230,12 @@ def _affine(call: OpCall, operands: Operands, combine: Callable[[Array], tuple[A
 
 def _sum(call: OpCall, operands: Operands, sign: int) -> Translated | None:
     first, second = _arg(call, 0), _arg(call, 1)
-    both = isinstance(first, Ref) and isinstance(second, Ref) and operands.constant(first) is None and operands.constant(second) is None
+    both = (
+        isinstance(first, Ref)
+        and isinstance(second, Ref)
+        and operands.constant(first) is None
+        and operands.constant(second) is None
+    )
     return Translated(ops.Sum(sign)) if both and call.kwargs.get("alpha", 1) == 1 else None
 
 
@@ -232,7 +263,9 @@ def _(call: OpCall, operands: Operands) -> Translated | None:
 
 @_entry("mul.Tensor", "mul.Scalar")
 def _(call: OpCall, operands: Operands) -> Translated | None:
-    return _affine(call, operands, lambda c: (c, np.zeros_like(c))) or _affine(call, operands, lambda c: (c, np.zeros_like(c)), data=1)
+    return _affine(call, operands, lambda c: (c, np.zeros_like(c))) or _affine(
+        call, operands, lambda c: (c, np.zeros_like(c)), data=1
+    )
 
 
 @_entry("div.Tensor", "div.Scalar")
@@ -249,8 +282,7 @@ def _(call: OpCall, operands: Operands) -> Translated | None:
     return Translated(ops.Affine(AffineMap.broadcast(rank, np.float64(-1), np.float64(0))))  # type: ignore[arg-type]
 
 
-_ACTIVATIONS = """relu relu6 hardtanh silu gelu sigmoid tanh hardswish hardsigmoid leaky_relu elu selu celu mish softplus prelu threshold rrelu
-    log_sigmoid softshrink hardshrink clamp clamp_min clamp_max abs exp log sqrt pow square softmax log_softmax _softmax _log_softmax""".split()
+_ACTIVATIONS = ["relu", "relu6", "hardtanh", "silu", "gelu", "sigmoid", "tanh", "hardswish", "hardsigmoid", "leaky_relu", "elu", "selu", "celu", "mish", "softplus", "prelu", "threshold", "rrelu", "log_sigmoid", "softshrink", "hardshrink", "clamp", "clamp_min", "clamp_max", "abs", "exp", "log", "sqrt", "pow", "square", "softmax", "log_softmax", "_softmax", "_log_softmax"]
 
 
 def _activation(call: OpCall, operands: Operands) -> Translated:
@@ -265,15 +297,23 @@ for _name in _ACTIVATIONS:
 # Shapes
 
 
-@_entry("clone.default", "contiguous.default", "alias.default", "detach.default", "lift_fresh.default", "dropout.default", "feature_dropout.default")
+@_entry(
+    "clone.default",
+    "contiguous.default",
+    "alias.default",
+    "detach.default",
+    "lift_fresh.default",
+    "dropout.default",
+    "feature_dropout.default",
+)
 def _(call: OpCall, operands: Operands) -> Translated | None:
     in_training = "dropout" in call.op and _arg(call, 2)
     return None if in_training else Translated(ops.Identity())
 
 
 @_entry(
-    *"reshape.default view.default _unsafe_view.default flatten.using_ints unflatten.int unsqueeze.default".split(),
-    *"squeeze.default squeeze.dim squeeze.dims".split(),
+    *["reshape.default", "view.default", "_unsafe_view.default", "flatten.using_ints", "unflatten.int", "unsqueeze.default"],
+    *["squeeze.default", "squeeze.dim", "squeeze.dims"],
 )
 def _(call: OpCall, operands: Operands) -> Translated | None:
     return Translated(ops.Reshape())
@@ -285,8 +325,8 @@ def _(call: OpCall, operands: Operands) -> Translated | None:
 
 
 @_entry(
-    *"zeros_like.default ones_like.default empty_like.default full_like.default rand_like.default randn_like.default".split(),
-    *"new_zeros.default new_ones.default new_empty.default new_full.default".split(),
+    *["zeros_like.default", "ones_like.default", "empty_like.default", "full_like.default", "rand_like.default", "randn_like.default"],
+    *["new_zeros.default", "new_ones.default", "new_empty.default", "new_full.default"],
 )
 def _(call: OpCall, operands: Operands) -> Translated | None:
     return Translated(ops.Opaque(call.op), reads=())
@@ -336,12 +376,20 @@ def _(call: OpCall, operands: Operands) -> Translated | None:
 def _(call: OpCall, operands: Operands) -> Translated | None:
     axis, start = _arg(call, 1, 0), _arg(call, 2) or 0
     size = operands.shape(_arg(call, 0))[axis]
-    return Translated(ops.Slice(axis, (max(start + size, 0) if start < 0 else min(start, size),))) if _arg(call, 4, 1) == 1 else None
+    return (
+        Translated(ops.Slice(axis, (max(start + size, 0) if start < 0 else min(start, size),)))
+        if _arg(call, 4, 1) == 1
+        else None
+    )
 
 
 @_entry("narrow.default")
 def _(call: OpCall, operands: Operands) -> Translated | None:
-    return Translated(ops.Slice(_arg(call, 1), (_arg(call, 2),))) if isinstance(_arg(call, 2), int) and _arg(call, 2) >= 0 else None
+    return (
+        Translated(ops.Slice(_arg(call, 1), (_arg(call, 2),)))
+        if isinstance(_arg(call, 2), int) and _arg(call, 2) >= 0
+        else None
+    )
 
 
 # Windows over space
@@ -377,7 +425,7 @@ def _weights_sum_to_one(call: OpCall, operands: Operands) -> Translated | None:
     return Translated(ops.Average(len(operands.shape(_arg(call, 0))) - 2))
 
 
-for _name in "nearest1d nearest2d nearest3d _nearest_exact2d linear1d bilinear2d bicubic2d trilinear3d".split():
+for _name in ["nearest1d", "nearest2d", "nearest3d", "_nearest_exact2d", "linear1d", "bilinear2d", "bicubic2d", "trilinear3d"]:
     for _overload in ("default", "vec"):
         _TABLE[f"aten.upsample_{_name}.{_overload}"] = _weights_sum_to_one
 for _n in (1, 2, 3):

@@ -1,0 +1,85 @@
+"""What every command that ends in a report has in common: its options, and the report's way out."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from bnctl.cli import options
+from bnctl.cli.options import Format
+from bnctl.cli.output import progress_bar, write_report
+from bnctl.commands.setup import Setup
+from bnctl.report import Report
+
+
+def _common(
+    weights: options.Weights = None,
+    model_arg: options.ModelArgs = None,
+    factory: options.Factory = None,
+    trust: options.Trust = False,
+    device: options.DeviceOption = options.Device.CPU,
+    threads: options.Threads = 1,
+    input: options.Input = None,
+    data: options.Data = None,
+    preprocess: options.Preprocess = None,
+    batch_size: options.BatchSize = 32,
+    limit: options.Limit = None,
+    seed: options.Seed = 0,
+    json: options.AsJson = False,
+    format: options.FormatOption = Format.HUMAN,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Only its signature matters: these are the common options."""
+
+
+COMMON = tuple(inspect.signature(_common, eval_str=True).parameters.values())
+
+
+def reporting(command: Callable[..., Report]) -> Callable[..., None]:
+    """Give a command the common options, hand them over as one `setup`, and write the report that it returns."""
+    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "setup"]
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        common = {p.name: given.pop(p.name) for p in COMMON}
+        with progress_bar(show=not common["quiet"]) as progress:
+            report = command(_setup(common, progress), **given)
+        write_report(report, Format.JSON if common["json"] else common["format"], quiet=common["quiet"], verbose=common["verbose"])
+        raise typer.Exit(report.exit_code)
+
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    run.__signature__ = inspect.Signature([p.replace(kind=keyword) for p in (*own, *COMMON)])  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in (*own, *COMMON)}
+    del run.__wrapped__  # type: ignore[attr-defined]
+    return run
+
+
+def _setup(common: dict[str, Any], progress: Any) -> Setup:
+    import click
+
+    from bnctl.data.synthetic import parse_input
+
+    settings = click.get_current_context().find_root().obj or {}
+    preprocess: Path | None = common["preprocess"]
+    return Setup(
+        weights=common["weights"],
+        model_args=options.parse_model_args(common["model_arg"]),
+        trust=common["trust"],
+        trusted_factories=tuple(settings.get("trusted-factories", ())),
+        factory=common["factory"],
+        inputs=tuple(parse_input(word) for word in common["input"] or ()),
+        data=common["data"],
+        preprocess=preprocess,
+        batch_size=common["batch_size"],
+        limit=common["limit"],
+        seed=common["seed"],
+        device=common["device"].value,
+        threads=common["threads"],
+        progress=progress,
+    )
