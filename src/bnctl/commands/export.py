@@ -11,20 +11,18 @@ from bnctl.commands.fold import fold_model
 from bnctl.commands.setup import Setup
 from bnctl.errors import ModelError, UsageError
 from bnctl.models.model import Model
-from bnctl.models.save import Target
+from bnctl.models.save import Target, as_onnx, write_onnx
 from bnctl.report import Artifact, Report
 
 
 def run_export(
     word: str,
-    output: Path,
+    target: Target,
     setup: Setup,
     *,
     keep_bn: bool,
     static_batch: bool,
     tolerance: float | None,
-    dry_run: bool,
-    force: bool,
 ) -> Report:
     """Export a model; the ONNX file is compared with the model that was given, on the example and on other batch sizes.
 
@@ -34,13 +32,11 @@ def run_export(
         EquivalenceError: the export does not compute the same.
     """
     from bnctl.commands.equivalence import check_equivalence, require
-    from bnctl.models.save import as_onnx, check_output, write_onnx
 
     started = time.perf_counter()
-    if output.suffix != ".onnx":
-        raise UsageError(
-            f"{output}: export writes ONNX", hint="give -o out.onnx; bnctl fold writes .pt2 and bundles too"
-        )
+    if target.path is not None and target.path.suffix != ".onnx":
+        hint = "give -o out.onnx; bnctl fold writes .pt2 and bundles too"
+        raise UsageError(f"{target.path}: export writes ONNX", hint=hint)
     model = setup.open(word)
     target.check(model.kind)
     example = setup.example(model)
@@ -48,10 +44,10 @@ def run_export(
     if not keep_bn:
         outcome = fold_model(model, example, tolerance=tolerance, dry_run=target.dry_run, device=setup.device)
         folded, report = outcome.model, replace(outcome.report, command="export")
-    if dry_run:
+    if target.path is None:
         return report
     native = as_onnx(folded, example, static_batch=static_batch)
-    exported = Model("onnx", native, str(output))
+    exported = Model("onnx", native, str(target.path))
     verification = check_equivalence(model, exported, example, tolerance=tolerance)
     require(verification, "export", word)
     kept = Counter(node.op_type for node in native.graph)["BatchNormalization"]
@@ -59,7 +55,7 @@ def run_export(
         raise ModelError(
             f"{word}: the exporter dropped the BatchNorms", hint="please report this; export without --keep-bn"
         )
-    artifact = write_onnx(native, output, force=force)
+    artifact = write_onnx(native, target.path, force=target.force)
     return replace(
         report,
         output=artifact,

@@ -14,12 +14,18 @@ from bnctl.codes import Obstacle
 from bnctl.engines.onnx.shapes import TensorInfo
 
 _EVALUATED = frozenset(
-    "Abs Add Cast Concat ConstantOfShape Div Exp Expand Flatten Gather Identity Max Min Mul Neg Pow Range Reciprocal ReduceL2 ReduceMean ReduceSum "
-    "Reshape Slice Split Sqrt Squeeze Sub Sum Transpose Unsqueeze".split()
+    {
+        *("Identity", "Cast", "ConstantOfShape", "Expand", "Range"),
+        *("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Concat", "Split", "Slice", "Gather"),
+        *("Abs", "Neg", "Reciprocal", "Sqrt", "Exp", "Pow", "Add", "Sub", "Mul", "Div", "Sum", "Max", "Min"),
+        *("ReduceL2", "ReduceMean", "ReduceSum"),
+    }
 )
 """Operators without randomness and subgraphs that exporters put on parameters. DequantizeLinear is not one: folding would leave the grid."""
 
-_IR_VERSION_WITH_DEFAULTS = 4
+_RESHAPES = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
+
+IR_VERSION_WITH_DEFAULTS = 4
 """From this version on, an initializer that is also a graph input is a default that a caller may override. Before it, every initializer had to be
 listed as an input, and ONNX Runtime treats all of them as constants."""
 
@@ -36,14 +42,14 @@ class Constants:
         self._info = info
         self._opsets = dict(model.opset_imports)
         self._arrays: dict[ir.Value, NDArray[Any] | None] = {}
-        defaults = model.ir_version >= _IR_VERSION_WITH_DEFAULTS
+        defaults = model.ir_version >= IR_VERSION_WITH_DEFAULTS
         self._overridable = {v for v in model.graph.inputs if defaults and v.is_initializer()}
         self._known = {v for v in model.graph.initializers.values() if v not in self._overridable}
         for node in model.graph:
             if self._is_constant(node):
                 self._known.update(node.outputs)
 
-    def __contains__(self, value: ir.Value) -> bool:
+    def __contains__(self, value: ir.Value | None) -> bool:
         return value in self._known
 
     def _is_constant(self, node: ir.Node) -> bool:
@@ -51,19 +57,26 @@ class Constants:
             return False
         if node.op_type == "Constant":
             return _stored(node.outputs[0]) is not None
-        return node.op_type in _EVALUATED and bool(node.inputs) and all(v is None or v in self._known for v in node.inputs)
+        return (
+            node.op_type in _EVALUATED and bool(node.inputs) and all(v is None or v in self._known for v in node.inputs)
+        )
 
     def tensor_shape(self, value: ir.Value) -> tuple[int, ...] | None:
         """Shape of a constant, without reading it where that can be avoided; None where the value is not constant and its shape not known."""
         if value in self:
             stored = _stored(value)
             if stored is not None:
-                return tuple(int(n) for n in stored.shape)
-        shape = self._info.get(str(value.name), TensorInfo()).shape
-        if shape is not None and all(isinstance(n, int) for n in shape):
-            return tuple(n for n in shape if isinstance(n, int))
+                return stored.shape.numpy()
+        shape = self._static_shape(value)
+        if shape is not None:
+            return shape
         array = self.array(value)
         return None if array is None else array.shape
+
+    def _static_shape(self, value: ir.Value) -> tuple[int, ...] | None:
+        shape = self._info.get(str(value.name), TensorInfo()).shape
+        sizes = tuple(n for n in shape or () if isinstance(n, int))
+        return sizes if shape is not None and len(sizes) == len(shape) else None
 
     def array(self, value: ir.Value | None, limit: int | None = None) -> NDArray[Any] | None:
         """The value of a constant; None for what is not constant, cannot be evaluated or has more elements than the limit."""
@@ -84,6 +97,12 @@ class Constants:
             return
         node = value.producer()
         assert node is not None
+        shape = self._static_shape(value)
+        first = node.inputs[0]
+        if node.op_type in _RESHAPES and shape is not None:  # (onnx.reference 1.23 fails on Unsqueeze before opset 13)
+            array = self.array(first)
+            self._arrays[value] = None if array is None else array.reshape(shape)
+            return
         inputs = {str(v.name): self.array(v) for v in node.inputs if v is not None}
         computed = None if any(a is None for a in inputs.values()) else _run(node, inputs, self._opsets)
         for i, output in enumerate(node.outputs):
@@ -100,7 +119,10 @@ class Constants:
         origins = _origins(value)
         overridable = sorted(str(v.name) for v in origins & self._overridable)
         if overridable:
-            return Obstacle("BN112", f"{', '.join(overridable)} can be overridden by the caller: it is an input of the graph with a default")
+            return Obstacle(
+                "BN112",
+                f"{', '.join(overridable)} can be overridden by the caller: it is an input of the graph with a default",
+            )
         if any((node := v.producer()) is not None and node.op_type == "DequantizeLinear" for v in origins):
             return Obstacle("BN111", f"{name} is dequantised in every run")
         return Obstacle("BN108", f"{name} is computed in every run")

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from bnctl.codes import Obstacle
 from bnctl.engines.onnx.statistics import Statistics
-from bnctl.engines.onnx.translated import Place, Rule, Scope, Translated
+from bnctl.engines.onnx.translated import Place, Rule, Scope, Translated, flag
 from bnctl.graph import ops
 from bnctl.graph.affine import AffineMap
 from bnctl.numerics.batchnorm import affine_of
@@ -40,7 +40,7 @@ def _batch_norm(node: ir.Node, scope: Scope) -> Translated:
 
 def _batch_norm_obstacle(node: ir.Node, scope: Scope) -> Obstacle | None:
     """Opset 14 and later have ``training_mode``; from 7 to 13, further outputs mean training; before 9, ``spatial=0`` has statistics for each position."""
-    if node.attributes.get_int("training_mode", 0) or any(v.name for v in node.outputs[1:]):
+    if flag(node, "training_mode") or any(v.name for v in node.outputs[1:]):
         return Obstacle("BN105", "it is in training mode")
     parameters = node.inputs[1:5]
     computed = (scope.constants.obstacle(v) for v in parameters if v is not None)
@@ -49,7 +49,7 @@ def _batch_norm_obstacle(node: ir.Node, scope: Scope) -> Obstacle | None:
         return obstacle
     if Statistics.read(node, scope.constants) is None:
         return Obstacle("BN108", "its parameters cannot be evaluated")
-    if not node.attributes.get_int("spatial", 1):
+    if not flag(node, "spatial", default=True):
         return Obstacle("BN116", "its statistics vary over positions (spatial=0)")
     if (scope.rank(node.inputs[0]) or 0) < 2:
         return Obstacle("BN116", f"the shape of {getattr(node.inputs[0], 'name', 'its input')} is not known")

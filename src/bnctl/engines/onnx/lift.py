@@ -7,7 +7,7 @@ is read is opaque.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import onnx_ir as ir
@@ -40,6 +40,7 @@ class Lifted:
         natives: the native nodes of each node, in order: a MatMul and the Add of its bias are one node.
         places: where each slot's parameter is read.
         constants: the values of parameters.
+        info: shapes and types by value name.
     """
 
     model: ir.Model
@@ -47,6 +48,7 @@ class Lifted:
     natives: dict[int, tuple[ir.Node, ...]]
     places: dict[str, Place]
     constants: Constants
+    info: Mapping[str, TensorInfo]
 
     def statistics(self, node: Node) -> Statistics | None:
         """Parameters of a BatchNormalization; None for other nodes and where a parameter is not constant."""
@@ -102,7 +104,7 @@ class _Lifter:
             natives[len(nodes)] = (native,)
             op = ops.Norm(_BATCH_NORM, Obstacle("BN120", "it is inside a subgraph or a local function"))
             nodes.append(Node(len(nodes), op, names[native], (), ()))
-        return Lifted(self.model, self._graph(nodes), natives, self.places, self.scope.constants)
+        return Lifted(self.model, self._graph(nodes), natives, self.places, self.scope.constants, self.scope.info)
 
     def _is_constant(self, node: ir.Node) -> bool:
         return bool(node.outputs) and all(v in self.scope.constants for v in node.outputs)
@@ -126,13 +128,17 @@ class _Lifter:
         reads = translated.reads
         if reads is None:
             between = {v for native in natives[:-1] for v in native.outputs}
-            reads = tuple(v for native in natives for v in _reads(native) if v not in self.scope.constants and v not in between)
+            reads = tuple(
+                v for native in natives for v in _reads(native) if v not in self.scope.constants and v not in between
+            )
         weight, bias = (self._slot(place) for place in (translated.weight, translated.bias))
         if weight is not None and bias is not None and isinstance(translated.op, ops.LinearOp) and len(reads) > 1:
             # A parameter that is not constant is a further input, of which the rules of the planner know nothing.
             weight = replace(weight, obstacle=weight.obstacle or bias.obstacle)
         inputs = tuple(self._number(v) for v in reads)
-        return Node(number, translated.op, name, inputs, tuple(self._number(v) for v in translated.outputs), weight, bias)
+        return Node(
+            number, translated.op, name, inputs, tuple(self._number(v) for v in translated.outputs), weight, bias
+        )
 
     def _slot(self, place: Place | None) -> Slot | None:
         if place is None:
@@ -150,7 +156,11 @@ class _Lifter:
     def _graph(self, nodes: list[Node]) -> Graph:
         graph = self.model.graph
         outputs = tuple(self._number(v) for v in graph.outputs if v not in self.scope.constants)
-        observed = {self.numbers[v]: Obstacle("BN102", f"{v.name} is an output of the model") for v in graph.outputs if v in self.numbers}
+        observed = {
+            self.numbers[v]: Obstacle("BN102", f"{v.name} is an output of the model")
+            for v in graph.outputs
+            if v in self.numbers
+        }
         values = {}
         for value, number in self.numbers.items():
             info = self.scope.info.get(str(value.name), TensorInfo())
@@ -161,7 +171,9 @@ class _Lifter:
 
 def _primary(node: ir.Node, translated: Translated) -> ir.Value | None:
     """The input on which the operator acts. For arithmetic and a lookup, the rule has seen to it that one is data."""
-    commutes = isinstance(translated.op, (ops.Affine, ops.Embedding)) and not (isinstance(translated.op, ops.Affine) and translated.op.norm)
+    commutes = isinstance(translated.op, (ops.Affine, ops.Embedding)) and not (
+        isinstance(translated.op, ops.Affine) and translated.op.norm
+    )
     return None if commutes or not node.inputs else node.inputs[0]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from bnctl.engines.onnx.translated import Place, Rule, Scope, Translated, axis_attribute, input_of
+from bnctl.engines.onnx.translated import Place, Rule, Scope, Translated, axis_attribute, flag, input_of
 from bnctl.graph import ops
 from bnctl.graph.ops import WeightLayout
 
@@ -32,9 +32,9 @@ def _gemm(node: ir.Node, scope: Scope) -> Translated | None:
     weight, bias = Place(node, 1), Place(node, 2)
     shape = _weight_shape(node, 1, scope)
     beta = float(node.attributes.get_float("beta", 1.0))
-    if shape is None or len(shape) != 2 or node.attributes.get_int("transA", 0) or (bias.value is not None and beta == 0):
+    if shape is None or len(shape) != 2 or flag(node, "transA") or (bias.value is not None and beta == 0):
         return None
-    layout = WeightLayout(out_first=bool(node.attributes.get_int("transB", 0)))
+    layout = WeightLayout(out_first=flag(node, "transB"))
     # beta means nothing while C is missing; it is set to 1 when the place is filled.
     op = ops.Linear(layout, float(node.attributes.get_float("alpha", 1.0)), 1.0 if bias.value is None else beta)
     return Translated(op, weight, bias)
@@ -42,8 +42,13 @@ def _gemm(node: ir.Node, scope: Scope) -> Translated | None:
 
 def _matmul(node: ir.Node, scope: Scope) -> Translated | None:
     """A product with a stored matrix on the right; an Add of a vector that is its only reader is the bias."""
-    shape, obstacle = _weight_shape(node, 1, scope), scope.constants.obstacle(node.inputs[1]) if node.inputs[1] is not None else None
-    if shape is None or len(shape) != 2 or (obstacle is not None and obstacle.code == "BN108"):  # a product of two values is no layer
+    shape, obstacle = (
+        _weight_shape(node, 1, scope),
+        scope.constants.obstacle(node.inputs[1]) if node.inputs[1] is not None else None,
+    )
+    if (
+        shape is None or len(shape) != 2 or (obstacle is not None and obstacle.code == "BN108")
+    ):  # a product of two values is no layer
         return None
     op = ops.Linear(WeightLayout(out_first=False))
     bias = _bias_behind(node, shape[1], scope)
@@ -60,10 +65,21 @@ def _bias_behind(node: ir.Node, features: int, scope: Scope) -> Place | None:
         return None
     add = uses[0].node
     other = add.inputs[1 - uses[0].idx] if len(add.inputs) == 2 else None
-    if add.domain != "" or add.op_type != "Add" or add.graph is not node.graph or other is None or other not in scope.constants:
+    if (
+        add.domain != ""
+        or add.op_type != "Add"
+        or add.graph is not node.graph
+        or other is None
+        or other not in scope.constants
+    ):
         return None
     shape = scope.constants.tensor_shape(other)
-    is_vector = shape is not None and len(shape) <= rank and all(n == 1 for n in shape[:-1]) and (not shape or shape[-1] in {1, features})
+    is_vector = (
+        shape is not None
+        and len(shape) <= rank
+        and all(n == 1 for n in shape[:-1])
+        and (not shape or shape[-1] in {1, features})
+    )
     return Place(add, 1 - uses[0].idx) if is_vector else None
 
 

@@ -7,7 +7,7 @@ from itertools import accumulate
 import numpy as np
 import onnx_ir as ir
 
-from bnctl.engines.onnx.translated import Rule, Scope, Translated, axis_attribute, input_of
+from bnctl.engines.onnx.translated import Rule, Scope, Translated, axis_attribute, flag, input_of
 from bnctl.graph import ops
 
 
@@ -82,9 +82,9 @@ def _average_pool(node: ir.Node, scope: Scope) -> Translated | None:
     outside = (
         any(node.attributes.get_ints("pads", ()))
         or node.attributes.get_string("auto_pad", "NOTSET") in {"SAME_UPPER", "SAME_LOWER"}
-        or node.attributes.get_int("ceil_mode", 0)
+        or flag(node, "ceil_mode")
     )
-    if rank is None or (outside and node.attributes.get_int("count_include_pad", 0)):
+    if rank is None or (outside and flag(node, "count_include_pad")):
         return None
     return Translated(ops.Average(rank - 2))
 
@@ -105,15 +105,20 @@ def _reduce_mean(node: ir.Node, scope: Scope) -> Translated | None:
     axes = scope.integers(node, 1, "axes") if given else ()
     if rank is None or axes is None:
         return None
-    if not axes and node.attributes.get_int("noop_with_empty_axes", 0):
+    if not axes and flag(node, "noop_with_empty_axes"):
         return Translated(ops.Identity())
-    return Translated(ops.Mean(axes or tuple(range(rank)), keepdims=bool(node.attributes.get_int("keepdims", 1))))
+    return Translated(ops.Mean(axes or tuple(range(rank)), keepdims=flag(node, "keepdims", default=True)))
 
 
 def _resize(node: ir.Node, scope: Scope) -> Translated | None:
     """Nearest and linear interpolation over space; others overshoot, and a crop fills in a constant."""
     before, after = scope.shape(node.inputs[0]), scope.shape(node.outputs[0])
-    if node.attributes.get_string("mode", "nearest") not in {"nearest", "linear", "bilinear"} or before is None or after is None or len(before) < 3:
+    if (
+        node.attributes.get_string("mode", "nearest") not in {"nearest", "linear", "bilinear"}
+        or before is None
+        or after is None
+        or len(before) < 3
+    ):
         return None
     crop = node.attributes.get_string("coordinate_transformation_mode", "half_pixel") == "tf_crop_and_resize"
     channels_kept = isinstance(before[1], int) and before[1] == after[1]

@@ -42,7 +42,9 @@ def infer_info(model: ir.Model) -> dict[str, TensorInfo]:
     proto = _inferred(_skeleton(model))
     known = _collected(proto)
     outputs = [_conv_output(node, known) for node in proto.graph.node if node.op_type in {"Conv", "ConvTranspose"}]
-    unknown = [output for output in outputs if output is not None and known.get(output.name, TensorInfo()).shape is None]
+    unknown = [
+        output for output in outputs if output is not None and known.get(output.name, TensorInfo()).shape is None
+    ]
     if not unknown:
         return known
     kept = [info for info in proto.graph.value_info if info.name not in {output.name for output in unknown}]
@@ -93,7 +95,7 @@ def _skeleton(model: ir.Model) -> onnx.ModelProto:
         if tensor is None or tensor.nbytes <= _SMALL_BYTES:
             continue
         graph.initializers.pop(str(value.name))
-        value.shape, value.type, value.const_value = ir.Shape(tensor.shape), ir.TensorType(tensor.dtype), None
+        value.shape, value.type, value.const_value = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype), None
         if not value.is_graph_input():
             graph.inputs.append(value)
     return ir.to_proto(clone)

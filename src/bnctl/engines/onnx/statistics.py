@@ -30,7 +30,7 @@ class Statistics:
     def read(cls, node: ir.Node, constants: Constants) -> Statistics | None:
         """Those of a BatchNormalization node, or None where one of them is not constant."""
         arrays = [constants.array(value) for value in node.inputs[1:5]]
-        vectors = [np.asarray(a, np.float64) for a in arrays if a is not None]
-        if len(vectors) != 4:
+        if any(a is None for a in arrays):
             return None
-        return cls(*vectors, eps=float(node.attributes.get_float("epsilon", EPSILON)))
+        gamma, beta, mean, var = (np.asarray(a, np.float64) for a in arrays)
+        return cls(gamma, beta, mean, var, float(node.attributes.get_float("epsilon", EPSILON)))

@@ -99,6 +99,11 @@ def input_of(node: ir.Node, index: int) -> ir.Value | None:
     return node.inputs[index] if index < len(node.inputs) else None
 
 
+def flag(node: ir.Node, name: str, *, default: bool = False) -> bool:
+    """An attribute that is 0 or 1."""
+    return bool(node.attributes.get_int(name, int(default)))
+
+
 def axis_attribute(node: ir.Node, default: int) -> int:
     """The attribute ``axis``."""
     return int(node.attributes.get_int("axis", default))

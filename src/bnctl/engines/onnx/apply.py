@@ -1,0 +1,65 @@
+"""A fold plan carried out on an ONNX model."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from bnctl.engines.onnx.editor import Editor
+from bnctl.engines.onnx.lift import Lifted
+from bnctl.plan.fold import Edit, FoldPlan
+from bnctl.plan.parameters import new_parameters
+
+
+def apply_fold(lifted: Lifted, plan: FoldPlan) -> ir.Model:
+    """A new model with the plan carried out.
+
+    Parameters are computed in float64 and cast once, to the type in which they were stored. Names of inputs, outputs and of all values that stay the same
+    stay; the value that becomes equal to the output of a folded node takes its name, and any other value that changes gets a new one. Initializers and constant
+    nodes that only folded nodes read are removed.
+
+    Raises:
+        OverflowInFoldError: new parameters do not fit their type.
+    """
+    editor = Editor(lifted.model)
+    for edit in plan.edits:
+        _carry_out(edit, lifted, editor)
+    for node in plan.removed:
+        native = lifted.natives[node.id][0]
+        names = [None if v is None else v.name for v in native.inputs]
+        editor.bypass(editor.twin(native), names.index(lifted.graph.values[node.inputs[0]].name))
+    _rename(lifted, plan, editor)
+    return editor.model
+
+
+def _carry_out(edit: Edit, lifted: Lifted, editor: Editor) -> None:
+    node = edit.node
+    assert node.weight is not None
+    weight_place, bias_place = (
+        lifted.places[node.weight.key],
+        None if node.bias is None else lifted.places[node.bias.key],
+    )
+    weight = lifted.constants.array(weight_place.value)
+    stored_bias = None if bias_place is None else lifted.constants.array(bias_place.value)
+    assert weight is not None
+    old = np.asarray(weight, np.float64)
+    old_bias = None if stored_bias is None else np.asarray(stored_bias, np.float64)
+    new, new_bias = new_parameters(edit, old, old_bias)
+    dtype = ir.DataType.from_numpy(weight.dtype)
+    if not np.array_equal(new, old):
+        editor.write(node.layer, weight_place, new, dtype)
+    if bias_place is None or (np.array_equal(new_bias, old_bias) if old_bias is not None else not np.any(new_bias)):
+        return
+    editor.write(
+        node.layer, bias_place, new_bias, dtype if stored_bias is None else ir.DataType.from_numpy(stored_bias.dtype)
+    )
+    if old_bias is None and bias_place.node.op_type == "Gemm":  # without a C, beta had no meaning
+        editor.twin(bias_place.node).attributes["beta"] = ir.AttrFloat32("beta", 1.0)
+
+
+def _rename(lifted: Lifted, plan: FoldPlan, editor: Editor) -> None:
+    """Equal names for equal values, before and after: that is what a comparison layer by layer rests on."""
+    values = lifted.graph.values
+    for number, old in plan.meaning.items():
+        value = editor.value(values[number].name)
+        editor.rename(value, editor.fresh(f"{values[number].name}_folded") if old is None else values[old].name)
