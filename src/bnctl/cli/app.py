@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 
 from bnctl.cli import config, options
@@ -17,6 +16,9 @@ from bnctl.errors import BnctlError, ExitCode, UsageError
 from bnctl.models.save import Target
 from bnctl.report import Report
 from bnctl.selection import Selection
+
+_ClickException = typer.BadParameter.__mro__[2]
+"""click's base class, from whichever click typer uses: newer versions bring their own."""
 
 app = typer.Typer(
     name="bnctl",
@@ -94,7 +96,9 @@ def recalibrate(
     setup: Setup,
     model: options.ModelWord,
     output: options.Output = None,
-    method: Annotated[options.Method, typer.Option("--method", help="exact, or batch (PreciseBN)")] = options.Method.EXACT,
+    method: Annotated[
+        options.Method, typer.Option("--method", help="exact, or batch (PreciseBN)")
+    ] = options.Method.EXACT,
     where: options.Where = None,
     skip: options.Skip = None,
     force: options.Force = False,
@@ -113,8 +117,12 @@ def export(
     setup: Setup,
     model: options.ModelWord,
     output: options.Output = None,
-    keep_bn: Annotated[bool, typer.Option("--keep-bn", help="keep BatchNorm as nodes; by default it is folded")] = False,
-    static_batch: Annotated[bool, typer.Option("--static-batch", help="fix the batch size; by default it is dynamic")] = False,
+    keep_bn: Annotated[
+        bool, typer.Option("--keep-bn", help="keep BatchNorm as nodes; by default it is folded")
+    ] = False,
+    static_batch: Annotated[
+        bool, typer.Option("--static-batch", help="fix the batch size; by default it is dynamic")
+    ] = False,
     tolerance: options.Tolerance = None,
     force: options.Force = False,
     dry_run: options.DryRun = False,
@@ -147,13 +155,16 @@ def bench(
     baseline: Annotated[str, typer.Argument(metavar="BASELINE")],
     candidates: Annotated[list[str], typer.Argument(metavar="CANDIDATE...")],
     gate: Annotated[
-        list[str] | None, typer.Option("--gate", metavar="EXPR", help='"latency.ratio<=1.05", "top1.drop<=0.5"; repeatable')
+        list[str] | None,
+        typer.Option("--gate", metavar="EXPR", help='"latency.ratio<=1.05", "top1.drop<=0.5"; repeatable'),
     ] = None,
     no_latency: Annotated[bool, typer.Option("--no-latency", help="accuracy only")] = False,
     no_accuracy: Annotated[bool, typer.Option("--no-accuracy", help="latency only")] = False,
     processes: Annotated[int, typer.Option("--processes", min=2, help="worker processes to begin with")] = 5,
     max_processes: Annotated[int, typer.Option("--max-processes", min=2, help="when to give up on the precision")] = 15,
-    precision: Annotated[float, typer.Option("--precision", min=0.0001, help="half width of the interval of the ratio")] = 0.01,
+    precision: Annotated[
+        float, typer.Option("--precision", min=0.0001, help="half width of the interval of the ratio")
+    ] = 0.01,
 ) -> Report:
     """Accuracy and latency before and after; gates for CI."""
     from bnctl.bench.spec import LatencyOptions
@@ -168,7 +179,9 @@ def bench(
         seed=setup.seed,
     )
     words = [baseline, *candidates]
-    return run_bench_command(words, setup, gates=gate or (), accuracy=not no_accuracy, latency=not no_latency, options=how)
+    return run_bench_command(
+        words, setup, gates=gate or (), accuracy=not no_accuracy, latency=not no_latency, options=how
+    )
 
 
 @app.command()
@@ -236,10 +249,10 @@ def run(arguments: list[str]) -> int:
     except BnctlError as error:
         write_error(error, as_json=as_json, command=command)
         return int(error.exit_code)
-    except click.exceptions.Abort:
+    except typer.Abort:
         sys.stderr.write("interrupted\n")
         return int(ExitCode.INTERRUPTED)
-    except click.ClickException as error:
+    except _ClickException as error:
         write_error(
             UsageError(error.format_message(), hint=f"bnctl {command} --help".replace("  ", " ")),
             as_json=as_json,

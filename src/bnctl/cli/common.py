@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import typer
@@ -13,7 +12,7 @@ import typer
 from bnctl.cli import options
 from bnctl.cli.options import Format
 from bnctl.cli.output import progress_bar, write_report
-from bnctl.commands.setup import Setup
+from bnctl.commands.setup import Progress, Setup
 from bnctl.report import Report
 
 
@@ -46,27 +45,30 @@ def reporting(command: Callable[..., Report]) -> Callable[..., None]:
     own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "setup"]
 
     @functools.wraps(command)
-    def run(**given: Any) -> None:
+    def run(context: typer.Context, **given: Any) -> None:
         common = {p.name: given.pop(p.name) for p in COMMON}
         with progress_bar(show=not common["quiet"]) as progress:
-            report = command(_setup(common, progress), **given)
-        write_report(report, Format.JSON if common["json"] else common["format"], quiet=common["quiet"], verbose=common["verbose"])
+            report = command(_setup(common, context.find_root().obj or {}, progress), **given)
+        write_report(
+            report,
+            Format.JSON if common["json"] else common["format"],
+            quiet=common["quiet"],
+            verbose=common["verbose"],
+        )
         raise typer.Exit(report.exit_code)
 
     keyword = inspect.Parameter.KEYWORD_ONLY
-    run.__signature__ = inspect.Signature([p.replace(kind=keyword) for p in (*own, *COMMON)])  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in (*own, *COMMON)}
+    context = inspect.Parameter("context", keyword, annotation=typer.Context)
+    parameters = [context, *(p.replace(kind=keyword) for p in (*own, *COMMON))]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
     del run.__wrapped__  # type: ignore[attr-defined]
     return run
 
 
-def _setup(common: dict[str, Any], progress: Any) -> Setup:
-    import click
-
+def _setup(common: dict[str, Any], settings: dict[str, Any], progress: Progress) -> Setup:
     from bnctl.data.synthetic import parse_input
 
-    settings = click.get_current_context().find_root().obj or {}
-    preprocess: Path | None = common["preprocess"]
     return Setup(
         weights=common["weights"],
         model_args=options.parse_model_args(common["model_arg"]),
@@ -75,7 +77,7 @@ def _setup(common: dict[str, Any], progress: Any) -> Setup:
         factory=common["factory"],
         inputs=tuple(parse_input(word) for word in common["input"] or ()),
         data=common["data"],
-        preprocess=preprocess,
+        preprocess=common["preprocess"],
         batch_size=common["batch_size"],
         limit=common["limit"],
         seed=common["seed"],

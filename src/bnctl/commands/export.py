@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 from bnctl.commands.fold import fold_model
 from bnctl.commands.setup import Setup

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bnctl.commands.setup import Setup
-from bnctl.plan.fold import FoldPlan, plan_fold
 from bnctl.models.save import Target
+from bnctl.plan.fold import FoldPlan, plan_fold
 from bnctl.report import Artifact, Report, Site
 from bnctl.selection import Selection
 
@@ -65,14 +64,12 @@ def fold_model(
 
 def run_fold(
     word: str,
-    output: Path | None,
+    target: Target,
     setup: Setup,
     *,
     selection: Selection,
     tolerance: float | None,
     verify: bool,
-    dry_run: bool,
-    force: bool,
 ) -> Report:
     """The command: fold a model and write it."""
     started = time.perf_counter()
@@ -80,7 +77,13 @@ def run_fold(
     target.check(model.kind)
     example = setup.example(model)
     outcome = fold_model(
-        model, example, selection=selection, tolerance=tolerance, verify=verify, dry_run=target.dry_run, device=setup.device
+        model,
+        example,
+        selection=selection,
+        tolerance=tolerance,
+        verify=verify,
+        dry_run=target.dry_run,
+        device=setup.device,
     )
     report = outcome.report
     return replace(report, output=target.save(outcome.model, example), elapsed_s=time.perf_counter() - started)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,8 +12,9 @@ import numpy as np
 from bnctl.codes import Obstacle
 from bnctl.commands.fold import Outcome
 from bnctl.commands.setup import Progress, Setup, no_progress
-from bnctl.plan.insert import InsertSite, plan_insert
+from bnctl.data.batches import first_of
 from bnctl.models.save import Target
+from bnctl.plan.insert import InsertSite, plan_insert
 from bnctl.report import Artifact, Report, Site
 from bnctl.selection import Selection
 
@@ -44,7 +44,6 @@ def insert_model(
         EquivalenceError: the model does not compute the same afterwards.
     """
     from bnctl.commands.equivalence import check_equivalence, require
-    from bnctl.data.batches import first_of
     from bnctl.engines import engine_of
 
     started = time.perf_counter()
@@ -79,32 +78,32 @@ def insert_model(
 
 def run_insert(
     word: str,
-    output: Path | None,
+    target: Target,
     setup: Setup,
     *,
     selection: Selection,
     eps: float,
     tolerance: float | None,
-    dry_run: bool,
-    force: bool,
 ) -> Report:
     """The command: insert norms and write the model."""
     started = time.perf_counter()
     model = setup.open(word)
     target.check(model.kind)
-    batches = [setup.example(model)] if dry_run and setup.data is None else setup.batches()
+    batches = [setup.example(model)] if target.dry_run and setup.data is None else setup.batches()
     outcome = insert_model(
         model,
         batches,
         selection=selection,
         eps=eps,
         tolerance=tolerance,
-        dry_run=dry_run,
+        dry_run=target.dry_run,
         device=setup.device,
         progress=setup.progress,
     )
     report = outcome.report
-    return replace(report, output=target.save(outcome.model, first_of(batches)), elapsed_s=time.perf_counter() - started)
+    return replace(
+        report, output=target.save(outcome.model, first_of(batches)), elapsed_s=time.perf_counter() - started
+    )
 
 
 def _with_enough_values(site: InsertSite, moments: Mapping[str, Moments]) -> InsertSite:

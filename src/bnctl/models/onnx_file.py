@@ -62,7 +62,13 @@ def load_onnx(path: str | os.PathLike[str]) -> onnx_ir.Model:
     return model
 
 
-def save_onnx(model: onnx_ir.Model, path: str | os.PathLike[str], *, force: bool = False, check: Callable[[Path], None] | None = None) -> None:
+def save_onnx(
+    model: onnx_ir.Model,
+    path: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    check: Callable[[Path], None] | None = None,
+) -> None:
     """Write a model in one step, its large tensors to `<path>.data` beside it where it had external data or is above 1.9 GB.
 
     The data file is in place before the model that refers to it. `check` is given the complete file before it is put in place.

@@ -36,7 +36,9 @@ class Target:
             UsageError: neither an output nor a dry run was asked for.
         """
         if output is None and not dry_run:
-            raise UsageError("where to write?", hint="give -o out.onnx, -o out.pt2 or -o folder/, or --dry-run to see the plan")
+            raise UsageError(
+                "where to write?", hint="give -o out.onnx, -o out.pt2 or -o folder/, or --dry-run to see the plan"
+            )
         return cls(None if dry_run else output, force)
 
     @property
@@ -131,7 +133,9 @@ def _check_onnx(path: Path) -> None:
         onnx.checker.check_model(str(path))
     except onnx.checker.ValidationError as error:
         reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"{path.name}: the result is not valid ONNX: {reason}", hint="please report the model; nothing was written") from error
+        raise ModelError(
+            f"{path.name}: the result is not valid ONNX: {reason}", hint="please report the model; nothing was written"
+        ) from error
 
 
 def _program(model: Model, example: Batch | None, static_batch: bool) -> Any:

@@ -66,7 +66,7 @@ class Constants:
         if value in self:
             stored = _stored(value)
             if stored is not None:
-                return stored.shape.numpy()
+                return tuple(stored.shape.numpy())
         shape = self._static_shape(value)
         if shape is not None:
             return shape

@@ -282,7 +282,42 @@ def _(call: OpCall, operands: Operands) -> Translated | None:
     return Translated(ops.Affine(AffineMap.broadcast(rank, np.float64(-1), np.float64(0))))  # type: ignore[arg-type]
 
 
-_ACTIVATIONS = ["relu", "relu6", "hardtanh", "silu", "gelu", "sigmoid", "tanh", "hardswish", "hardsigmoid", "leaky_relu", "elu", "selu", "celu", "mish", "softplus", "prelu", "threshold", "rrelu", "log_sigmoid", "softshrink", "hardshrink", "clamp", "clamp_min", "clamp_max", "abs", "exp", "log", "sqrt", "pow", "square", "softmax", "log_softmax", "_softmax", "_log_softmax"]
+_ACTIVATIONS = [
+    "relu",
+    "relu6",
+    "hardtanh",
+    "silu",
+    "gelu",
+    "sigmoid",
+    "tanh",
+    "hardswish",
+    "hardsigmoid",
+    "leaky_relu",
+    "elu",
+    "selu",
+    "celu",
+    "mish",
+    "softplus",
+    "prelu",
+    "threshold",
+    "rrelu",
+    "log_sigmoid",
+    "softshrink",
+    "hardshrink",
+    "clamp",
+    "clamp_min",
+    "clamp_max",
+    "abs",
+    "exp",
+    "log",
+    "sqrt",
+    "pow",
+    "square",
+    "softmax",
+    "log_softmax",
+    "_softmax",
+    "_log_softmax",
+]
 
 
 def _activation(call: OpCall, operands: Operands) -> Translated:
@@ -312,7 +347,14 @@ def _(call: OpCall, operands: Operands) -> Translated | None:
 
 
 @_entry(
-    *["reshape.default", "view.default", "_unsafe_view.default", "flatten.using_ints", "unflatten.int", "unsqueeze.default"],
+    *[
+        "reshape.default",
+        "view.default",
+        "_unsafe_view.default",
+        "flatten.using_ints",
+        "unflatten.int",
+        "unsqueeze.default",
+    ],
     *["squeeze.default", "squeeze.dim", "squeeze.dims"],
 )
 def _(call: OpCall, operands: Operands) -> Translated | None:
@@ -325,7 +367,14 @@ def _(call: OpCall, operands: Operands) -> Translated | None:
 
 
 @_entry(
-    *["zeros_like.default", "ones_like.default", "empty_like.default", "full_like.default", "rand_like.default", "randn_like.default"],
+    *[
+        "zeros_like.default",
+        "ones_like.default",
+        "empty_like.default",
+        "full_like.default",
+        "rand_like.default",
+        "randn_like.default",
+    ],
     *["new_zeros.default", "new_ones.default", "new_empty.default", "new_full.default"],
 )
 def _(call: OpCall, operands: Operands) -> Translated | None:
@@ -425,7 +474,16 @@ def _weights_sum_to_one(call: OpCall, operands: Operands) -> Translated | None:
     return Translated(ops.Average(len(operands.shape(_arg(call, 0))) - 2))
 
 
-for _name in ["nearest1d", "nearest2d", "nearest3d", "_nearest_exact2d", "linear1d", "bilinear2d", "bicubic2d", "trilinear3d"]:
+for _name in [
+    "nearest1d",
+    "nearest2d",
+    "nearest3d",
+    "_nearest_exact2d",
+    "linear1d",
+    "bilinear2d",
+    "bicubic2d",
+    "trilinear3d",
+]:
     for _overload in ("default", "vec"):
         _TABLE[f"aten.upsample_{_name}.{_overload}"] = _weights_sum_to_one
 for _n in (1, 2, 3):
