@@ -42,8 +42,8 @@ _ALL = [
          "No linear operator comes before the BatchNorm, and those behind it could not take it either.",
          "Fold the normalisation into the preprocessing, or let the first convolution have no zero padding."),
     Code("BN105", "normalises with batch statistics",
-         "The layer computes mean and variance from its input in inference too (track_running_stats=False, a layer left in training mode, training_mode=1 in ONNX): "
-         "it is no fixed affine.",
+         "The layer computes mean and variance from its input in inference too (track_running_stats=False, a layer left in training mode, "
+         "training_mode=1 in ONNX): it is no fixed affine.",
          "Put the model in eval mode; give the layer running statistics (bnctl recalibrate needs track_running_stats=True)."),
     Code("BN106", "weight shared with another call",
          "The layer that would take scale and shift is called several times, and not every call is followed by the same BatchNorm.",
@@ -59,8 +59,8 @@ _ALL = [
          "The affine is computed in the forward of a module that also does other things, so it cannot be taken out without rewriting code.",
          "Export to ONNX or .pt2 first (bnctl export --keep-bn) and fold the graph, which has no such limits."),
     Code("BN110", "varies along another axis",
-         "Scale and shift vary along an axis that is not the channel axis of the linear operator, for example Linear on (N, C, L), whose features are the last axis, and "
-         "BatchNorm1d, whose channels are axis 1. Where both sizes are equal, other tools fold here and are wrong without a word.",
+         "Scale and shift vary along an axis that is not the channel axis of the linear operator, for example Linear on (N, C, L), whose "
+         "features are the last axis, and BatchNorm1d, whose channels are axis 1. Where both sizes are equal, other tools fold here and are wrong without a word.",
          "Nothing to do; or transpose in the model, so that both mean the same axis."),
     Code("BN111", "quantised",
          "The weight is quantised; folding would change the grid on which it was quantised.",

@@ -60,7 +60,7 @@ def read_npz(
 
     def value(name: str, chosen: NDArray[np.int64]) -> NDArray[Any]:
         part = inputs[name][_as_slice(chosen)]
-        return preprocess.apply_to_array(part, int(chosen[0])) if preprocess and name in images else part
+        return preprocess.apply_to_array(part, map(int, chosen)) if preprocess and name in images else part
 
     def read() -> Iterator[Batch]:
         for step in slices(len(kept), batch_size):

@@ -94,13 +94,15 @@ class Preprocess:
     ) -> NDArray[np.float32] | NDArray[np.uint8]:
         """The same for uint8 images (N, H, W, C), with one, three or four channels, or (N, H, W).
 
+        `indices` number the images in errors.
+
         Raises:
             DataError: see :meth:`apply`.
         """
         from PIL import Image
 
         def pictures() -> Iterable[tuple[str, Image.Image]]:
-            for index, image in enumerate(images, start=first_index):
+            for index, image in zip(indices, images, strict=True):
                 yield f"image {index}", Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
 
         return self.apply(pictures())

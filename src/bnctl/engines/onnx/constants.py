@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from bnctl.codes import Obstacle
 from bnctl.engines.onnx.shapes import TensorInfo
+from bnctl.engines.onnx.tensors import stored_tensor
 
 _EVALUATED = frozenset(
     {
@@ -56,7 +57,7 @@ class Constants:
         if node.domain != "":
             return False
         if node.op_type == "Constant":
-            return _stored(node.outputs[0]) is not None
+            return stored_tensor(node.outputs[0]) is not None
         return (
             node.op_type in _EVALUATED and bool(node.inputs) and all(v is None or v in self._known for v in node.inputs)
         )
@@ -64,7 +65,7 @@ class Constants:
     def tensor_shape(self, value: ir.Value) -> tuple[int, ...] | None:
         """Shape of a constant, without reading it where that can be avoided; None where the value is not constant and its shape not known."""
         if value in self:
-            stored = _stored(value)
+            stored = stored_tensor(value)
             if stored is not None:
                 return tuple(stored.shape.numpy())
         shape = self._static_shape(value)
@@ -91,7 +92,7 @@ class Constants:
         return self._arrays[value]
 
     def _evaluate(self, value: ir.Value) -> None:
-        stored = _stored(value)
+        stored = stored_tensor(value)
         if stored is not None:
             self._arrays[value] = stored.numpy()
             return
@@ -113,7 +114,7 @@ class Constants:
         name = str(value.name)
         if value in self:
             info = self._info.get(name, TensorInfo())
-            stored = _stored(value)
+            stored = stored_tensor(value)
             floating = stored.dtype.is_floating_point() if stored is not None else info.floating
             return None if floating else Obstacle("BN111", f"{name} does not hold floating-point numbers")
         origins = _origins(value)
@@ -126,11 +127,6 @@ class Constants:
         if any((node := v.producer()) is not None and node.op_type == "DequantizeLinear" for v in origins):
             return Obstacle("BN111", f"{name} is dequantised in every run")
         return Obstacle("BN108", f"{name} is computed in every run")
-
-
-def _stored(value: ir.Value) -> ir.TensorProtocol | None:
-    """The tensor of an initializer or a Constant node."""
-    return ir.convenience.get_const_tensor(value)
 
 
 def _origins(value: ir.Value) -> set[ir.Value]:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common.constant_manipulation import LiftConstantsToInitializersPass
 
+from bnctl.engines.onnx.tensors import stored_tensor
 from bnctl.graph.affine import Shape
 
 if TYPE_CHECKING:
@@ -88,17 +88,24 @@ def _conv_output(node: onnx.NodeProto, known: dict[str, TensorInfo]) -> onnx.Val
 def _skeleton(model: ir.Model) -> onnx.ModelProto:
     """The model without its large tensors: they become inputs, whose shape and type are known."""
     clone = model.clone()
-    LiftConstantsToInitializersPass(size_limit=_SMALL_BYTES)(clone)
     graph = clone.graph
     for value in tuple(graph.initializers.values()):
-        tensor = value.const_value
-        if tensor is None or tensor.nbytes <= _SMALL_BYTES:
-            continue
-        graph.initializers.pop(str(value.name))
-        value.shape, value.type, value.const_value = ir.Shape(tensor.shape.numpy()), ir.TensorType(tensor.dtype), None
-        if not value.is_graph_input():
-            graph.inputs.append(value)
+        if value.const_value is not None and value.const_value.nbytes > _SMALL_BYTES:
+            graph.initializers.pop(str(value.name))
+            if not value.is_graph_input():
+                graph.inputs.append(_declared(value.name, value.const_value))
+    for node in tuple(graph):
+        tensor = stored_tensor(node.outputs[0]) if node.op_type == "Constant" else None
+        if tensor is not None and tensor.nbytes > _SMALL_BYTES and not node.outputs[0].is_graph_output():
+            stand_in = _declared(node.outputs[0].name, tensor)
+            node.outputs[0].replace_all_uses_with(stand_in)
+            graph.remove(node, safe=True)
+            graph.inputs.append(stand_in)
     return ir.to_proto(clone)
+
+
+def _declared(name: str | None, tensor: ir.TensorProtocol) -> ir.Value:
+    return ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tuple(tensor.shape.numpy())))
 
 
 def _info(proto: onnx.TypeProto) -> TensorInfo:

@@ -1,8 +1,9 @@
 """How an affine layer is taken out of a module tree.
 
-A module call is *spent* when all that it does to data is an affine map, perhaps followed by things worth keeping: a BatchNorm; a FrozenBatchNorm (a Mul and an Add);
-a LayerScale; a BatchNorm that transposes to reach the last axis; timm's BatchNormAct2d, which calls its activation. The module is then replaced by what is kept of
-it: nothing (an Identity), or its tail of child modules and elementwise operators.
+A module call is *spent* when all that it does to data is an affine map, perhaps followed by things worth keeping: a BatchNorm;
+a FrozenBatchNorm (a Mul and an Add); a LayerScale; a BatchNorm that transposes to reach the last axis; timm's BatchNormAct2d,
+which calls its activation. The module is then replaced by what is kept of it: nothing (an Identity), or its tail of child
+modules and elementwise operators.
 """
 
 from __future__ import annotations
