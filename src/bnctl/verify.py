@@ -3,13 +3,19 @@
 Both models run on the same batches. Every output is compared (:mod:`bnctl.numerics.compare`) against the tolerance
 that follows from the coarsest float type of the two models. What proves nothing does not pass: no samples, and a
 baseline whose outputs are all zero, NaN or empty.
+
+Some functions magnify rounding: a sigmoid that is saturated nearly everywhere has a tiny scale and a fixed resolution, a
+long softmax decoder moves by 3e-4 when its input moves by one unit in the last place. An output beyond the tolerance is
+therefore measured against the baseline's own rounding noise: how far the output moves when every input is changed by one
+unit in the last place. An error within :data:`NOISE_FACTOR` times that noise cannot be told from rounding.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +32,10 @@ if TYPE_CHECKING:
 
 Outputs = Mapping[str, NDArray[Any]]
 
+NOISE_FACTOR = 8.0
+"""An error of up to this many times the rounding noise counts as rounding: noise is measured on two draws, and rounding happens in every layer, not only at
+the input."""
+
 
 @dataclass(frozen=True)
 class OutputCheck:
@@ -38,6 +48,7 @@ class OutputCheck:
         mismatch: the first reason why two arrays could not be compared, or None.
         informative: whether the baseline gave a finite value other than zero in any batch.
         equal: within the limit in every batch. Integers and booleans must be equal.
+        noise: the baseline's own rounding noise, absolute, where the limit alone was not met.
     """
 
     name: str
@@ -46,8 +57,9 @@ class OutputCheck:
     mismatch: str | None = None
     informative: bool = False
     equal: bool = True
+    noise: float | None = None
 
-    def with_batch(self, error: ArrayError, limit: float) -> OutputCheck:
+    def with_batch(self, error: ArrayError, equal: bool, noise: float | None) -> OutputCheck:
         """The check with one more batch."""
         return OutputCheck(
             self.name,
@@ -55,7 +67,8 @@ class OutputCheck:
             max(self.max_rel, error.max_rel),
             self.mismatch or error.mismatch,
             self.informative or error.informative,
-            self.equal and error.within(limit),
+            self.equal and equal,
+            self.noise if noise is None else max(noise, self.noise or 0.0),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -66,6 +79,7 @@ class OutputCheck:
             "max_rel_error": _finite(self.max_rel),
             "mismatch": self.mismatch,
             "informative": self.informative,
+            "rounding_noise": self.noise,
             "passed": self.equal,
         }
 
@@ -139,13 +153,17 @@ class _Progress:
     flips: Flips | None = None
     failed_on: Batch | None = None
 
-    def add(self, batch: Batch, baseline: Outputs, candidate: Outputs) -> None:
+    def add(self, batch: Batch, baseline: Outputs, candidate: Outputs, noise_of: Callable[[], Mapping[str, float]]) -> None:
         self.samples += batch.size
         for name, a, b in _pairs(baseline, candidate):
-            limit = 0.0 if a.dtype.kind in "iub" else self.limit
+            whole = a.dtype.kind in "iub"
             error = compare(a, b)
-            self.checks[name] = self.checks.get(name, OutputCheck(name)).with_batch(error, limit)
-            if self.failed_on is None and not error.within(limit):
+            equal, noise = error.within(0.0 if whole else self.limit), None
+            if not equal and not whole and error.mismatch is None:
+                noise = noise_of()[name]
+                equal = error.max_abs <= NOISE_FACTOR * noise
+            self.checks[name] = self.checks.get(name, OutputCheck(name)).with_batch(error, equal, noise)
+            if self.failed_on is None and not equal:
                 self.failed_on = batch
             flips = count_flips(a, b, self.limit)
             if flips is not None:
@@ -192,11 +210,47 @@ def compare_runners(
             return outcome(f"the candidate fails on inputs that the baseline takes: {error}")
         if len(expected) != len(actual):
             return outcome(f"the candidate has {len(actual)} outputs, the baseline {len(expected)}")
-        progress.add(batch, expected, actual)
+        noise_of = cache(lambda batch=batch, expected=expected: rounding_noise(baseline, batch, expected))
+        progress.add(batch, expected, actual, noise_of)
     reason = _reason(progress)
     if reason is None or progress.failed_on is None or not locate:
         return outcome(reason)
     return outcome(reason, *_locate(baseline, candidate, progress.failed_on, limit))
+
+
+def rounding_noise(runner: Runner, batch: Batch, outputs: Outputs) -> dict[str, float]:
+    """How far each output moves, at most, when every float input is changed by one unit in the last place.
+
+    Two seeded draws of signs; 0 for a model whose inputs are all integers.
+
+    Args:
+        runner: the model.
+        batch: its inputs.
+        outputs: what it gives on them.
+    """
+    unit = _UNITS.get(runner.precision, 2.0**-23)
+    noise = dict.fromkeys(outputs, 0.0)
+    for seed in range(2):
+        signs = np.random.default_rng(seed)
+
+        def shake(value: Any) -> Any:
+            if isinstance(value, Mapping):
+                return {key: shake(inner) for key, inner in value.items()}
+            if isinstance(value, (list, tuple)) and type(value) in {list, tuple}:
+                return type(value)(shake(inner) for inner in value)
+            array = np.asarray(value.detach().cpu()) if hasattr(value, "detach") else value
+            if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
+                return value
+            return (array * (1 + unit * signs.choice([-1.0, 1.0], array.shape))).astype(array.dtype)  # noqa: B023
+
+        shaken = replace(batch, args=tuple(map(shake, batch.args)), kwargs={k: shake(v) for k, v in batch.kwargs.items()})
+        for name, value in runner.run(shaken).items():
+            error = compare(outputs[name], value).max_abs if name in noise else 0.0
+            noise[name] = max(noise.get(name, 0.0), error if math.isfinite(error) else 0.0)
+    return noise
+
+
+_UNITS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 
 def other_batch_sizes(batch: Batch) -> list[Batch]:

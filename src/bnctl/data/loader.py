@@ -1,62 +1,61 @@
-"""Data from the user's own code: `package.module:callable`."""
+"""`package.module:callable`: a loader of the user's own."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from bnctl.data.batches import Batch, Batches, read_items
-
-_WORD = re.compile(r"(?P<module>[^\W\d]\w*(?:\.[^\W\d]\w*)*):(?P<attr>[^\W\d]\w*(?:\.[^\W\d]\w*)*)")
-
-
-def is_loader_word(word: str) -> bool:
-    """Whether a word has the form `package.module:callable`."""
-    return _WORD.fullmatch(word) is not None
+from bnctl.data.batches import Batch, as_batches
+from bnctl.errors import DataError, ModelError
 
 
-def read_loader(word: str, *, limit: int | None = None) -> Batches:
-    """Batches of what a callable returns: an iterable of batches, see :func:`bnctl.data.batches.as_batches`.
-
-    The callable is called without arguments, anew for each pass, so that it may return a generator. It decides on the size of
-    its batches and their order. The current folder is importable, also while the batches are made.
+@dataclass(frozen=True)
+class LoaderData:
+    """Calls the user's function anew for every pass, so that it can be a generator.
 
     Args:
-        word: `package.module:callable`.
-        limit: stop after this many samples.
+        call: returns an iterable of batches.
+        name: as the user wrote it.
+        limit: end after this many samples, at the end of a batch.
+    """
+
+    call: Callable[[], Iterable[Any]]
+    name: str
+    limit: int | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        try:
+            source = self.call()
+            iter(source)
+        except Exception as error:
+            raise DataError(
+                f"{self.name} fails: {type(error).__name__}: {error}",
+                hint="it is called without arguments and returns an iterable of batches",
+            ) from error
+        samples = 0
+        for batch in as_batches(source, name=self.name):
+            yield batch
+            samples += batch.size
+            if self.limit is not None and samples >= self.limit:
+                return
+
+
+def open_loader(word: str, *, limit: int | None = None) -> LoaderData:
+    """Find the user's function; the current folder is importable.
 
     Raises:
-        DataError: now: the import fails, or there is no such callable. During a pass: the call or the iteration fails, or an
-            item is no batch.
+        DataError: there is no such function.
     """
-    call = _resolve(word)
+    from bnctl.models.importing import import_module
 
-    def read() -> Iterator[Batch]:
-        batches = read_items(_within_current_folder(call, word), word)
-        return batches if limit is None else _first(batches, limit)
-
-    return Batches(read)
-
-
-def _first(batches: Iterable[Batch], limit: int) -> Iterator[Batch]:
-    left = limit
-    for batch in batches:
-        yield batch if batch.size <= left else batch.first(left)
-        left -= batch.size
-        if left <= 0:
-            return
-
-
-def _within_current_folder(call: Callable[[], Any], word: str) -> Iterator[Any]:
-    from bnctl.models.importing import current_folder_importable
-
-    with current_folder_importable():
-        items = iter(as_items(_called(call, word), word))
-    end = object()
-    while True:
-        with current_folder_importable():  # only while the user's code runs, not while the batch is used
-            item = next(items, end)
-        if item is end:
-            return
-        yield item
+    module_name, _, attribute = word.partition(":")
+    try:
+        call = getattr(import_module(module_name), attribute, None)
+    except ModelError as error:
+        raise DataError(f"--data {word}: {error.message}", hint=error.hint) from error
+    if not callable(call):
+        raise DataError(
+            f"--data {word}: {module_name} has no function {attribute!r}", hint="give package.module:function"
+        )
+    return LoaderData(call, word, limit)
