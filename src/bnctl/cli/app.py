@@ -17,7 +17,7 @@ from bnctl.models.save import Target
 from bnctl.report import Report
 from bnctl.selection import Selection
 
-_ClickException = typer.BadParameter.__mro__[2]
+_ClickException: type[Exception] = typer.BadParameter.__mro__[2]
 """click's base class, from whichever click typer uses: newer versions bring their own."""
 
 app = typer.Typer(
@@ -254,7 +254,7 @@ def run(arguments: list[str]) -> int:
         return int(ExitCode.INTERRUPTED)
     except _ClickException as error:
         write_error(
-            UsageError(error.format_message(), hint=f"bnctl {command} --help".replace("  ", " ")),
+            UsageError(str(getattr(error, "message", error)), hint=f"bnctl {command} --help".replace("  ", " ")),
             as_json=as_json,
             command=command,
         )

@@ -183,6 +183,8 @@ def _verification(v: Any) -> Text:
         )
     if v.get("label_flips"):
         text.append(f", {v['label_flips']} labels flip")
+    if v["passed"] and v.get("note"):
+        text.append(f"\n{v['note']}", style="yellow")
     if not v["passed"]:
         text.append(f"\n{v['reason']}", style="red")
         if v.get("first_difference"):

@@ -41,7 +41,8 @@ def recalibrate_model(
     """
     if model.kind == "onnx":
         raise UsageError(
-            f"{model.word}: this version recalibrates torch models only", hint="recalibrate the torch model, then bnctl export"
+            f"{model.word}: this version recalibrates torch models only",
+            hint="recalibrate the torch model, then bnctl export",
         )
     import torch
 
@@ -53,7 +54,13 @@ def recalibrate_model(
     module = copy_module(model.native, model.word) if isinstance(model.native, torch.fx.GraphModule) else model.native
     assert isinstance(module, torch.nn.Module)
     new, sites, samples = recalibrate(
-        module, batches, method=method, where=selection.where or None, skip=selection.skip or None, device=device, progress=progress
+        module,
+        batches,
+        method=method,
+        where=selection.where or None,
+        skip=selection.skip or None,
+        device=device,
+        progress=progress,
     )
     selection.check(site.name for site in sites)
     report = Report(

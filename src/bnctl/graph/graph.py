@@ -40,12 +40,14 @@ class Slot:
         shape: of the stored array; None for a slot that is empty and can be filled (a layer without bias).
         tensor: name of the stored array. Several slots may hold the same one (tied weights).
         obstacle: set where the slot cannot be written.
+        shared: another place, perhaps one that no operator reads, is known to hold the same array.
     """
 
     key: str
     shape: tuple[int, ...] | None
     tensor: str = ""
     obstacle: Obstacle | None = None
+    shared: bool = False
 
     @property
     def size(self) -> int:
@@ -68,6 +70,7 @@ class Node:
         outputs: values it makes.
         weight, bias: slots of a linear operator, or of a normalisation layer (gamma, beta).
         obstacle: set where the engine cannot act on the layer: an affine that cannot be taken out, a linear operator behind which nothing can be put.
+        in_place: it writes its result into its input, which must then be no tensor that anybody else reads.
     """
 
     id: int
@@ -78,6 +81,7 @@ class Node:
     weight: Slot | None = None
     bias: Slot | None = None
     obstacle: Obstacle | None = None
+    in_place: bool = False
 
 
 @dataclass(frozen=True)

@@ -207,9 +207,10 @@ class ConstantPad(Op):
 
 @dataclass(frozen=True)
 class Opaque(Op):
-    """Anything else: nothing moves through it."""
+    """Anything else: nothing moves through it. ``obstacle`` says why, where there is more to say than that there is no rule."""
 
     kind: str
+    obstacle: Obstacle | None = None
 
     @property
     def label(self) -> str:

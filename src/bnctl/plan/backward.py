@@ -23,6 +23,11 @@ def backward(op: ops.Op, node: Node, graph: Graph, output: int, m: AffineMap) ->
 
 
 @backward.register
+def _(op: ops.Opaque, node: Node, graph: Graph, output: int, m: AffineMap) -> Move:
+    return op.obstacle or Obstacle("BN116", f"no rule to move an affine back through {op.label} ({node.layer})")
+
+
+@backward.register
 def _(op: ops.Activation | ops.Norm, node: Node, graph: Graph, output: int, m: AffineMap) -> Move:
     return Obstacle("BN103", f"{op.label} ({node.layer}) stands between it and a linear operator")
 
@@ -130,6 +135,8 @@ def along_channels(op: ops.Average | ops.MaxPool, node: Node, m: AffineMap, targ
     """Windows over space: what does not vary over space passes, and a maximum lets only scales >= 0 through. Both directions alike."""
     if any(n != 1 for n in m.shape[m.rank - op.spatial :]):
         return Obstacle("BN110", f"it varies over space, and {op.label} {node.layer} mixes positions")
+    if isinstance(op, ops.MaxPool) and len(node.outputs) > 1 and np.any(m.scale == 0):
+        return Obstacle("BN119", f"a scale is 0, and {node.layer} also returns where its maxima are")
     if isinstance(op, ops.MaxPool) and np.any(m.scale < 0):
         return Obstacle("BN113", f"{int(np.sum(m.scale < 0))} scales are negative before {node.layer}")
     return Pass(((target, m),))

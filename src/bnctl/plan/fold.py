@@ -248,6 +248,8 @@ class _Draft:
                 places = [i for i, v in enumerate(reader.inputs) if self.resolve(v) == value]
                 if len(places) != 1:
                     return Obstacle("BN101", f"{reader.layer} reads it twice")
+                if reader.in_place:  # without the layer it would write into what the layer reads
+                    return Obstacle("BN117", f"{reader.layer} writes into it in place")
                 moved = forward(self._now(reader), reader, self.graph, places[0], m)
                 if isinstance(moved, Obstacle):
                     return moved
@@ -261,12 +263,9 @@ class _Draft:
         """Every call that reads a parameter must agree on what becomes of it."""
         for node_id, absorbs in taken.items():
             node = self.graph.by_id[node_id]
-            for slot in (node.weight, node.bias):
-                for other in self.graph.slot_readers[slot.key] if slot else ():
-                    if not _equal(absorbs, taken.get(other.id, [])):
-                        return Obstacle(
-                            "BN106", f"{slot.key} is read by several calls, and they would need different weights"
-                        )  # type: ignore[union-attr]
+            for key in (slot.key for slot in (node.weight, node.bias) if slot is not None):
+                if any(not _equal(absorbs, taken.get(other.id, [])) for other in self.graph.slot_readers[key]):
+                    return Obstacle("BN106", f"{key} is read by several calls, and they would need different weights")
         return None
 
     def _commit(self, nodes: list[Node], taken: Absorbed, meaning: dict[int, int | None]) -> tuple[str, ...]:
@@ -297,7 +296,7 @@ class _Draft:
         """Slots that must get an array of their own before they are written."""
         for edit in self.edits():
             for slot in (edit.node.weight, edit.node.bias):
-                if slot is not None and len(self.graph.tensor_slots.get(slot.tensor, ())) > 1:
+                if slot is not None and (slot.shared or len(self.graph.tensor_slots.get(slot.tensor, ())) > 1):
                     yield slot
 
 

@@ -24,6 +24,11 @@ def forward(op: ops.Op, node: Node, graph: Graph, index: int, m: AffineMap) -> M
 
 
 @forward.register
+def _(op: ops.Opaque, node: Node, graph: Graph, index: int, m: AffineMap) -> Move:
+    return op.obstacle or Obstacle("BN116", f"no rule to move an affine forward through {op.label} ({node.layer})")
+
+
+@forward.register
 def _(op: ops.Activation | ops.Norm, node: Node, graph: Graph, index: int, m: AffineMap) -> Move:
     return Obstacle("BN103", f"it feeds {op.label} ({node.layer})")
 
@@ -78,6 +83,11 @@ def _(op: ops.Reshape, node: Node, graph: Graph, index: int, m: AffineMap) -> Mo
 @forward.register
 def _(op: ops.Permute, node: Node, graph: Graph, index: int, m: AffineMap) -> Move:
     return Pass(((node.outputs[0], m.permuted(op.axes)),))
+
+
+@forward.register
+def _(op: ops.ConstantPad, node: Node, graph: Graph, index: int, m: AffineMap) -> Move:
+    return Obstacle("BN114", f"{node.layer} puts constants around it")
 
 
 @forward.register

@@ -48,6 +48,9 @@ def _carry_out(edit: Edit, lifted: Lifted, editor: Editor) -> None:
     dtype = ir.DataType.from_numpy(weight.dtype)
     if not np.array_equal(new, old):
         editor.write(node.layer, weight_place, new, dtype)
+        for native in lifted.natives[node.id][:-1]:  # a product to which the bias is still to be added
+            product = editor.twin(native).outputs[0]
+            editor.rename(product, editor.fresh(f"{product.name}_folded"))
     if bias_place is None or (np.array_equal(new_bias, old_bias) if old_bias is not None else not np.any(new_bias)):
         return
     editor.write(

@@ -112,6 +112,8 @@ class Editor:
         """Take out a node: its readers read its input number ``index``."""
         source, result = node.inputs[index], node.outputs[0]
         assert source is not None
+        if result.type is not None:  # an output of the model keeps its declared type
+            source.type, source.shape = result.type, result.shape
         result.replace_all_uses_with(source, replace_graph_outputs=True)
         self._remove(node)
 

@@ -12,8 +12,8 @@ from bnctl.engines.onnx.constants import Constants
 
 Vector = NDArray[np.float64]
 
-EPSILON = 1e-5
-"""The operator's default."""
+EPSILON = float(np.float32(1e-5))
+"""The operator's default; attributes are float32."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -90,11 +90,9 @@ def _kept(old: nn.Module, step: Mapping[str, Any]) -> nn.Module:
 def _bias(model: nn.Module, edit: Mapping[str, Any]) -> None:
     layer = model.get_submodule(edit["module"])
     weight = layer.get_parameter("weight")
-    features = layer.out_channels if hasattr(layer, "out_channels") else layer.out_features
-    bias = nn.Parameter(
-        torch.zeros(int(features), dtype=weight.dtype, device=weight.device), requires_grad=weight.requires_grad
-    )  # type: ignore[arg-type]
-    layer.register_parameter("bias", bias)
+    features: Any = layer.out_channels if hasattr(layer, "out_channels") else layer.out_features
+    zeros = torch.zeros(int(features), dtype=weight.dtype, device=weight.device)
+    layer.register_parameter("bias", nn.Parameter(zeros, requires_grad=weight.requires_grad))
 
 
 def _untie(model: nn.Module, edit: Mapping[str, Any]) -> None:

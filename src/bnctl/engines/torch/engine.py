@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
+from torch.nn.parameter import is_lazy
 
 from bnctl.engines import Captured
 from bnctl.engines.torch.calibrate import output_moments
 from bnctl.engines.torch.edits import apply_edits
 from bnctl.engines.torch.layers import inserted_norm
 from bnctl.engines.torch.lift import Lifted, lift
-from bnctl.engines.torch.record import record
+from bnctl.engines.torch.record import record, tensors_in
 from bnctl.engines.torch.relayer import give_layers_back
 from bnctl.engines.torch.surgery import apply_fold
 from bnctl.errors import ModelError
@@ -53,11 +54,16 @@ class TorchEngine:
         Raises:
             ModelError: the model cannot be copied, or fails on the batch.
         """
-        module = copy_module(model.native, model.word)
+        given: Any = model.native
+        if any(is_lazy(t) for t in (*given.parameters(), *given.buffers())):
+            raise ModelError(
+                f"{model.word} has parameters that are not initialised yet", hint="run the model once on real inputs"
+            )
+        module = copy_module(given, model.word)
         if module.training:
             module.eval()
         args, kwargs = as_tensors(batch, module)
-        with keeping_buffers(module), torch.random.fork_rng(devices=[]):
+        with keeping_state(module), torch.random.fork_rng(devices=[]):
             try:
                 trace = record(module, args, kwargs)
             except Exception as error:
@@ -109,7 +115,7 @@ def copy_module(module: Any, name: str) -> nn.Module:
             warnings.simplefilter(
                 "ignore", FutureWarning
             )  # torch's own, on copying the tree specs of an exported graph
-            copied: nn.Module = copy.deepcopy(module)
+            copied: nn.Module = copy.deepcopy(module, {id(t): t.detach().clone() for t in _computed_tensors(module)})
     except Exception as error:
         raise ModelError(
             f"{name} cannot be copied: {type(error).__name__}: {error}",
@@ -118,17 +124,32 @@ def copy_module(module: Any, name: str) -> nn.Module:
     return give_layers_back(copied) if isinstance(copied, fx.GraphModule) else copied
 
 
+def _computed_tensors(module: Any) -> Iterator[torch.Tensor]:
+    """Tensors with a history that modules keep as attributes (a weight-normed weight, a stored feature): torch refuses to copy those."""
+    for part in module.modules():
+        attributes = (v for k, v in vars(part).items() if k not in {"_modules", "_parameters", "_buffers"})
+        yield from (t for t in tensors_in(tuple(attributes)) if not t.is_leaf)
+
+
 @contextmanager
-def keeping_buffers(module: nn.Module) -> Iterator[None]:
-    """Put every buffer back afterwards: a layer left in training mode updates its statistics when it runs."""
-    kept = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
+def keeping_state(module: nn.Module) -> Iterator[None]:
+    """Put buffers and plain attributes back afterwards: a layer in training mode updates its statistics when it runs, and a module may count or cache."""
+    parts = list(module.modules())
+    attributes = [dict(vars(part)) for part in parts]
+    registered = [(dict(part._parameters), dict(part._buffers)) for part in parts]
+    values = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
     try:
         yield
     finally:
+        for part, plain, (parameters, buffers) in zip(parts, attributes, registered, strict=True):
+            vars(part).clear()
+            vars(part).update(plain)
+            for holder, before in ((part._parameters, parameters), (part._buffers, buffers)):
+                holder.clear()
+                holder.update(before)
         with torch.no_grad():
-            for name, buffer in module.named_buffers():
-                if name in kept and kept[name].shape == buffer.shape:
-                    buffer.copy_(kept[name])
+            for buffer, value in values:
+                buffer.copy_(value)
 
 
 def _edited(model: Model, module: nn.Module, edits: list[dict[str, Any]]) -> Model:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bnctl.codes import Obstacle
 from bnctl.engines.torch.layers import inserted_norm
 from bnctl.engines.torch.record import ALIASED_WRITE, ModuleCall, OpCall, Ref, Trace
-from bnctl.engines.torch.removal import Removal, analyse
+from bnctl.engines.torch.removal import Head, Removal, analyse
 from bnctl.engines.torch.translate import PARAMETER_ARGUMENTS, Operands, Translated, translate
 from bnctl.graph import ops
 from bnctl.graph.graph import Graph, Node, Slot, Value
@@ -54,6 +54,10 @@ class _Lifter(Operands):
         self.arrays: dict[int, Array] = {}
         self.numbers = {id(call): number for number, call in enumerate(trace.ops)}
         self.inner = _ops_within(trace)
+        self.analyses: dict[ModuleCall, tuple[Head, Removal] | None] = {}
+        self.calls: dict[int, list[ModuleCall]] = defaultdict(list)
+        for call in trace.modules:
+            self.calls[id(call.module)].append(call)
         self.foreign_reads = self._reads_outside_slots()
 
     # What the translation table asks for.
@@ -91,7 +95,7 @@ class _Lifter(Operands):
         obstacle = None
         if item.value in self.foreign_reads:
             obstacle = Obstacle("BN106", f"{key} is also read by {self.foreign_reads[item.value]}")
-        return Slot(key, shape, names[0], obstacle)
+        return Slot(key, shape, names[0], obstacle, shared=len(names) > 1)
 
     def bias(self, item: Any, weight: Slot | None, call: OpCall) -> Slot | None:
         """The slot of a bias; an empty one where the layer is a plain module without bias; None where there is no room for one."""
@@ -134,18 +138,21 @@ class _Lifter(Operands):
     def _node(self, call: OpCall) -> Node:
         number = self.numbers[id(call)]
         if call.op == ALIASED_WRITE:
-            return Node(number, ops.Opaque("a write in place"), self.layer(call), call.inputs, call.outputs)
+            written = Obstacle("BN117", f"it is written through a view in {self.layer(call)}")
+            return Node(number, ops.Opaque("a write in place", written), self.layer(call), call.inputs, call.outputs)
         found = translate(call, self) or Translated(ops.Opaque(call.op))
         read = call.inputs if found.reads is None else tuple(call.args[i].value for i in found.reads)
         data = tuple(v for v in read if v not in self.trace.tensors)
         name = self._owner_of_statistics(call) if isinstance(found.op, ops.Norm) and found.op.obstacle else None
         obstacle = self._no_layer_of_its_own(call) if isinstance(found.op, ops.LinearOp) else None
-        return Node(number, found.op, name or self.layer(call), data, call.outputs, found.weight, found.bias, obstacle)
+        in_place = call.writes and not isinstance(found.op, ops.Identity)
+        slots = (found.weight, found.bias)
+        return Node(number, found.op, name or self.layer(call), data, call.outputs, *slots, obstacle, in_place)
 
     def _layer_of(self, node: Node, call: OpCall, removals: dict[str, Removal]) -> tuple[Node, set[int]]:
         """The affine layer that an affine operator belongs to, as one node, and the operators that it consists of."""
         within = call.within
-        found = analyse(within, self.inner[within], self._node, self.trace) if within.path else None
+        found = self._analysed(within)
         if found is None or call not in found[0].calls:
             place = within.path or "the model itself"
             obstacle = Obstacle("BN109", f"computed in the forward of {place}, which also does other things")
@@ -155,12 +162,19 @@ class _Lifter(Operands):
         assert isinstance(node.op, ops.Affine)
         single = len(head.calls) == 1
         op = replace(node.op, map=head.map, norm=node.op.norm or _is_norm(within.module))
-        obstacle = Obstacle("BN107", f"{within.path} has a hook") if _hooked(within.module) else None
-        if removals.setdefault(removal.path, removal) != removal:
-            obstacle = Obstacle("BN109", f"{removal.path} does different things in different calls")
+        hooked = _hooked(within.module) or within.module._forward_pre_hooks
+        whole_obstacle = Obstacle("BN107", f"{within.path} has a hook") if hooked else None
+        removals[removal.path] = removal
+        if any((other := self._analysed(c)) is None or other[1] != removal for c in self.calls[id(within.module)]):
+            whole_obstacle = Obstacle("BN109", f"{removal.path} does different things in different calls")
         slots = (node.weight, node.bias) if single else (None, None)
-        whole = Node(node.id, op, removal.path, (head.source,), (head.result,), *slots, obstacle)
+        whole = Node(node.id, op, removal.path, (head.source,), (head.result,), *slots, whole_obstacle, node.in_place)
         return whole, {self.numbers[id(c)] for c in head.calls}
+
+    def _analysed(self, call: ModuleCall) -> tuple[Head, Removal] | None:
+        if call not in self.analyses:
+            self.analyses[call] = analyse(call, self.inner.get(call, []), self._node, self.trace) if call.path else None
+        return self.analyses[call]
 
     def _no_layer_of_its_own(self, call: OpCall) -> Obstacle | None:
         """Whether a norm can be hung behind a linear operator: its output must be the output of a module that stores its weight."""
@@ -200,8 +214,9 @@ class _Lifter(Operands):
         for value in self.trace.held:
             observed[value] = Obstacle("BN107", "the tensor is kept after the pass, by a hook or an attribute")
         for call in self.trace.modules:
-            if _hooked(call.module):
-                for value in (*call.inputs, *call.outputs):
+            seen = (*call.inputs, *(call.outputs if _hooked(call.module) else ()))
+            if _hooked(call.module) or call.module._forward_pre_hooks:
+                for value in seen:
                     observed[value] = Obstacle("BN107", f"a hook of {call.path} sees it")
         for value in self.trace.outputs:
             observed[value] = Obstacle("BN102", "it is an output of the model")
@@ -229,10 +244,10 @@ def _ops_within(trace: Trace) -> dict[ModuleCall, list[OpCall]]:
 
 
 def _hooked(module: nn.Module) -> bool:
-    """Forward hooks that bnctl did not put there itself."""
+    """Whether hooks see the output, or its gradient: those that bnctl put there itself apart."""
     ours = inserted_norm(module) is not None
     forward = len(module._forward_hooks) - (1 if ours else 0)
-    return bool(forward or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -34,18 +34,19 @@ class Ref:
 
 @dataclass(eq=False)
 class ModuleCall:
-    """One call of a module; ``parent`` is the call it happened in."""
+    """One call of a module; ``parent`` is the call it happened in. ``plain``: one tensor went in by position, and one tensor came out."""
 
     module: nn.Module
     path: str | None
     parent: ModuleCall | None
     inputs: list[int]
     outputs: list[int] = field(default_factory=list)
+    plain: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class OpCall:
-    """One call of an operator. ``args`` and ``kwargs`` hold :class:`Ref` where tensors were."""
+    """One call of an operator. ``args`` and ``kwargs`` hold :class:`Ref` where tensors were; ``writes`` says whether it wrote into one of them."""
 
     op: str
     args: tuple[Any, ...]
@@ -53,7 +54,8 @@ class OpCall:
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     within: ModuleCall
-    random: bool
+    random: bool = False
+    writes: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Trace:
         ops: operator calls in order.
         modules: module calls in order.
         info: shape and dtype per value.
-        parameters: values that are parameters or buffers, with all the names of each.
+        parameters: values that are parameters or buffers, with one name per place that holds each: a module that hangs at two paths is one place.
         tensors: the tensors of values that derive from parameters alone.
         inputs: values of the model's inputs.
         outputs: values of the model's outputs.
@@ -101,10 +103,27 @@ def record(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, An
     recorder = _Recorder(model)
     kwargs = dict(kwargs or {})
     recorder.trace.inputs = [recorder.value_of(t) for t in tensors_in((args, kwargs))]
-    with torch.no_grad(), torch._C._AutoDispatchBelowAutograd(), recorder.watching_modules(), recorder:
+    with (
+        torch.no_grad(),
+        layer_by_layer(),
+        torch._C._AutoDispatchBelowAutograd(),
+        recorder.watching_modules(),
+        recorder,
+    ):
         result = model(*args, **kwargs)
     recorder.finish(result)
     return recorder.trace
+
+
+@contextmanager
+def layer_by_layer() -> Iterator[None]:
+    """Keep torch from computing a whole transformer layer in one fused operator, in which no layer can be seen."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
@@ -142,10 +161,13 @@ class _Recorder(TorchDispatchMode):
         self.current = self.top
         self.versions = WeakTensorKeyDictionary()
         self.storages: dict[int, WeakTensorKeyDictionary] = {}
+        self.stored_over: dict[int, list[Tensor]] = {}
         names: dict[int, list[str]] = {}
         self.stored: dict[int, Tensor] = {}
         for name, tensor in _named_tensors(model):
             names.setdefault(id(tensor), []).append(name)
+            if id(tensor) not in self.stored and tensor.layout == torch.strided:
+                self.stored_over.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
             self.stored[id(tensor)] = tensor
         self.names = {key: tuple(found) for key, found in names.items()}
 
@@ -189,6 +211,7 @@ class _Recorder(TorchDispatchMode):
             outputs,
             self.current,
             torch.Tag.nondeterministic_seeded in func.tags,
+            bool(changed),
         )
         self.trace.ops.append(call)
         if inputs and not call.random and not changed and all(v in self.trace.tensors for v in inputs):
@@ -208,16 +231,13 @@ class _Recorder(TorchDispatchMode):
 
     def _touch_aliases(self, tensor: Tensor) -> None:
         """Every other living tensor over the written storage becomes a new value that depends on the write."""
-        storage = tensor.untyped_storage()._cdata if tensor.layout == torch.strided else None
-        stored = [
-            t
-            for t in self.stored.values()
-            if storage is not None and t.layout == torch.strided and t.untyped_storage()._cdata == storage
-        ]
-        others = [*self.storages.get(storage or 0, {}).keys(), *stored]
+        if tensor.layout != torch.strided:
+            return
+        storage = tensor.untyped_storage()._cdata
+        others = [*self.storages.get(storage, {}).keys(), *self.stored_over.get(storage, ())]
         for other in {id(t): t for t in others if t is not tensor and t.untyped_storage()._cdata == storage}.values():
             inputs = (self.value_of(other), self.value_of(tensor))
-            self.trace.ops.append(OpCall(ALIASED_WRITE, (), {}, inputs, (self.new_value(other),), self.current, False))
+            self.trace.ops.append(OpCall(ALIASED_WRITE, (), {}, inputs, (self.new_value(other),), self.current))
 
     @contextmanager
     def watching_modules(self) -> Iterator[None]:
@@ -230,6 +250,7 @@ class _Recorder(TorchDispatchMode):
 
         def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             self.current.outputs = [self.value_of(t) for t in tensors_in(output)]
+            self.current.plain = [type(a) for a in args] == [Tensor] and not kwargs and isinstance(output, Tensor)
             self.current.inputs += [v for t in tensors_in(kwargs) if (v := self.value_of(t)) not in self.current.inputs]
             self.current = self.current.parent or self.top
 
@@ -254,8 +275,10 @@ class _Recorder(TorchDispatchMode):
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
+    for path, module in model.named_modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                yield f"{path}.{name}" if path else name, tensor
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

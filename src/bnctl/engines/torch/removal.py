@@ -58,13 +58,13 @@ def analyse(
     """
     data = [c for c in inside if not all(v in trace.tensors for v in c.outputs)]
     inputs = [v for v in call.inputs if v not in trace.tensors]
-    if len(inputs) != 1 or not data or call.path is None:
+    if len(inputs) != 1 or not data or call.path is None or not call.plain:
         return None
     head, value, taken = _head(inputs[0], call, data, node_of, trace)
     if head is None:
         return None
     tail = _tail(value, call, data[taken:], trace)
-    if tail is None:
+    if tail is None or trace.info[value].dtype != trace.info[inputs[0]].dtype:  # nothing is left that would convert
         return None
     return Head(head, inputs[0], value, tuple(data[:taken])), Removal(call.path, tail)
 

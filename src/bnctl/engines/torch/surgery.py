@@ -45,5 +45,5 @@ def apply_fold(model: nn.Module, lifted: Lifted, plan: FoldPlan) -> list[Structu
 def _write(model: nn.Module, slot: Slot, array: Array, layer: str) -> None:
     parameter = model.get_parameter(slot.key)
     check_range(layer, array, torch.finfo(parameter.dtype).max)
-    with torch.no_grad():
-        parameter.copy_(torch.from_numpy(array).reshape(parameter.shape))
+    # Into fresh memory: another parameter may be a view of the old.
+    parameter.data = torch.empty_like(parameter.data).copy_(torch.from_numpy(array).reshape(parameter.shape))

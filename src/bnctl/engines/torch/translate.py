@@ -6,7 +6,7 @@ An operator that is not in the table, or whose arguments do not fit, is opaque.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, Protocol
 
@@ -102,9 +102,15 @@ def _linear(
     op: ops.LinearOp, weight: Any, bias: Any, call: OpCall, operands: Operands, *, room: bool = True
 ) -> Translated | None:
     slot = operands.weight(weight, call)
-    if slot is None or (bias is not None and operands.constant(bias) is None):
+    if slot is None or slot.shape is None or (bias is not None and operands.constant(bias) is None):
         return None
-    return Translated(op, slot, operands.bias(bias, slot, call) if room or bias is not None else None)
+    bias_slot = operands.bias(bias, slot, call) if room or bias is not None else None
+    _, channels = op.layout.channels(slot.shape)
+    if bias is not None and bias_slot is not None and bias_slot.size != channels:
+        bias_slot = replace(
+            bias_slot, obstacle=Obstacle("BN118", f"{bias_slot.key} is one number for several channels")
+        )
+    return Translated(op, slot, bias_slot)
 
 
 def _conv(call: OpCall, operands: Operands, *, padding: int, groups: int, transposed: bool) -> Translated | None:
@@ -173,8 +179,12 @@ def _(call: OpCall, operands: Operands) -> Translated | None:
 
 def _batch_norm(call: OpCall, operands: Operands, *, batch_statistics: bool, eps: float) -> Translated | None:
     mean, var = operands.constant(_arg(call, 3)), operands.constant(_arg(call, 4))
-    if batch_statistics or mean is None or var is None:
+    if batch_statistics:
         return Translated(ops.Norm("batch norm", Obstacle("BN105", "mean and variance are taken from the input")))
+    if mean is None or var is None:
+        return Translated(
+            ops.Norm("batch norm", Obstacle("BN109", "its statistics are not stored in a module of the model"))
+        )
     gamma, beta = _arg(call, 1), _arg(call, 2)
     rank = len(operands.shape(_arg(call, 0)))
     try:
@@ -216,7 +226,7 @@ def _(call: OpCall, operands: Operands) -> Translated | None:
 
 
 def _affine(
-    call: OpCall, operands: Operands, combine: Callable[[Array], tuple[Array, Array]], data: int = 0
+    call: OpCall, operands: Operands, combine: Callable[[Array], tuple[Any, Any]], data: int = 0
 ) -> Translated | None:
     constant = operands.constant(_arg(call, 1 - data))
     shape = operands.shape(_arg(call, data))

@@ -1,0 +1,146 @@
+"""In which order batches and layers take turns: one pass, one pass per layer, or all batches in lockstep.
+
+Every schedule returns the moments of all sites' inputs, over all calls, under the statistics that were in force when each was called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import Any
+
+from bnctl.engines.torch.recalibration.operators import NormCall
+from bnctl.engines.torch.recalibration.sites import Site
+from bnctl.engines.torch.recalibration.strand import Strand
+from bnctl.engines.torch.recalibration.workbench import Feed, OnSite, Tally, Workbench
+from bnctl.errors import DataError
+from bnctl.numerics.moments import Moments
+
+Settled = dict[Site, Moments]
+"""Sites that received their statistics in this round, and the moments that these were made of."""
+
+Round = Callable[[Collection[Site], Settled], Tally]
+"""Takes the sites to leave as they are, fills in those that it settled, and returns what all saw."""
+
+
+def as_it_is(site: Site, call: NormCall, moments: Moments) -> None:
+    """Let the operator normalise with the statistics in force."""
+
+
+def with_own_batch(site: Site, call: NormCall, moments: Moments) -> Any:
+    """Normalise with the statistics of this call.
+
+    Raises:
+        DataError: there is one value per channel, from which nothing would be left.
+    """
+    if moments.count == 1:
+        raise DataError(
+            f"{site.name} sees one value per channel in a batch, which has no variance",
+            hint="use the exact method, which pools all batches, or a larger batch size",
+        )
+    return call.with_own_statistics() if moments.count else None
+
+
+def whole_pass(bench: Workbench, on_site: OnSite, what: str) -> Tally:
+    """Every batch once, one after the other."""
+    tally = Tally()
+    for feed in bench.feeds():
+        bench.run(feed, on_site, tally)
+        bench.progress(what, feed.index + 1, None)
+    return tally
+
+
+def pass_per_site(bench: Workbench, fixed: Collection[Site], settled: Settled) -> Tally:
+    """One pass for each site: forwards end at the first site that is not settled yet, and the one that was reached first is
+    settled. Needs no more memory than one forward; costs about half a pass per site, and two."""
+    while arrived := _stop_at_first(bench, {*fixed, *settled}):
+        _settle(bench, *arrived, settled)
+    return whole_pass(bench, as_it_is, "measure")
+
+
+class _Reached(BaseException):
+    """Ends a forward at a site; not an Exception, so that user code does not swallow it."""
+
+
+def _stop_at_first(bench: Workbench, known: Collection[Site]) -> tuple[Site, Moments] | None:
+    reached = Tally()
+
+    def stop(site: Site, call: NormCall, moments: Moments) -> None:
+        if site not in known:
+            reached.add(site, moments, between=not call.per_instance)
+            raise _Reached
+
+    for feed in bench.feeds():
+        try:
+            bench.run(feed, stop, Tally())
+        except _Reached:
+            pass
+    return next(iter(reached.moments.items()), None)
+
+
+def lockstep(bench: Workbench, feeds: list[Feed], fixed: Collection[Site], settled: Settled) -> Tally:
+    """All batches at once: each forward waits at a site that is not settled until all forwards wait or have ended.
+
+    One forward runs at a time, in the order of the batches. When all wait, the site that was reached first is settled from
+    everything that arrived there, and those who waited for it go on. So there is always somebody who can go on, whatever
+    way the batches take; a batch that comes to a site later finds it settled, and :func:`solve` sees to it.
+    """
+    tally = Tally()
+
+    def forward(feed: Feed, pause: Callable[[Site], None]) -> None:
+        def wait(site: Site, call: NormCall, moments: Moments) -> None:
+            if site not in settled and site not in fixed:
+                pause(site)
+
+        bench.run(feed, wait, tally, model=bench.twin())
+
+    strands = [Strand[Site](partial(forward, feed), f"batch {feed.index}") for feed in feeds]
+    try:
+        ready, waiting = strands, dict[Site, list[Strand[Site]]]()
+        while ready:
+            for strand in ready:
+                if (site := strand.resume()) is not None:
+                    waiting.setdefault(site, []).append(strand)
+            site = next(iter(waiting), None)  # in order of arrival
+            ready = [] if site is None else waiting.pop(site)
+            if site is not None:
+                _settle(bench, site, tally.moments[site], settled)
+    finally:
+        for strand in strands:
+            strand.close()
+    return tally
+
+
+def _settle(bench: Workbench, site: Site, moments: Moments, settled: Settled) -> None:
+    if moments.count:
+        site.store(moments)
+    settled[site] = moments
+    bench.progress("settle", len(settled), None)
+
+
+def solve(round_: Round, *, tolerance: float = 1e-6, max_rounds: int = 30) -> tuple[Tally, set[Site]]:
+    """Statistics that agree with what they produce.
+
+    A site that all batches call once is final after one round. One that is called again after it was settled depends on
+    itself: in further rounds it keeps the statistics that all its calls of the round before produced, while the others are settled
+    anew. A chain of k such sites that do not feed themselves is exact after k + 1 rounds; otherwise this is a fixed-point iteration.
+
+    Args:
+        round_: one pass over the data, in some schedule.
+        tolerance: see :meth:`Site.agrees`.
+        max_rounds: at most so many.
+
+    Returns:
+        What the last round saw under the statistics that are in force, and the sites that had not settled by then.
+    """
+    recurrent: set[Site] = set()
+    for number in range(1, max_rounds + 1):
+        settled: Settled = {}
+        tally = round_(recurrent, settled)
+        recurrent |= {site for site, moments in settled.items() if tally.moments[site].count > moments.count}
+        moving = {site for site in recurrent if not site.agrees(tally.moments[site], tolerance)}
+        if not moving or number == max_rounds:
+            break
+        for site in recurrent:
+            site.store(tally.moments[site])
+    return tally, moving
