@@ -52,14 +52,18 @@ class Net:
     def normal(self, *shape: int) -> NDArray[np.float64]:
         return self.rng.normal(0, 1, shape)
 
-    def add(self, op: str, *inputs: Any, out: str | None = None, outputs: int = 1, domain: str = "", **attributes: Any) -> str:
+    def add(
+        self, op: str, *inputs: Any, out: str | None = None, outputs: int = 1, domain: str = "", **attributes: Any
+    ) -> str:
         names = [i if isinstance(i, str) else self.param(i) for i in inputs]
         out = out or f"v{len(self.nodes)}"
         outs = [out, *(f"{out}_{k}" for k in range(1, outputs))]
         self.nodes.append(helper.make_node(op, names, outs, name=f"n_{out}", domain=domain, **attributes))
         return out
 
-    def conv(self, x: str, cin: int, cout: int, k: int = 3, *, bias: bool = True, groups: int = 1, **attributes: Any) -> str:
+    def conv(
+        self, x: str, cin: int, cout: int, k: int = 3, *, bias: bool = True, groups: int = 1, **attributes: Any
+    ) -> str:
         parameters = [self.normal(cout, cin // groups, k, k) / np.sqrt(cin * k * k / groups)]
         parameters += [self.normal(cout)] if bias else []
         return self.add("Conv", x, *parameters, group=groups, **attributes)
@@ -126,7 +130,9 @@ def feeds_of(model: ir.Model, batch: int, seed: int = 1) -> dict[str, NDArray[An
         assert value.shape is not None and value.dtype is not None
         shape = [d if isinstance(d, int) else batch for d in value.shape]
         dtype = value.dtype.numpy()
-        found[str(value.name)] = (rng.integers(0, 5, shape) if dtype.kind in "iu" else rng.normal(0, 1, shape)).astype(dtype)
+        found[str(value.name)] = (rng.integers(0, 5, shape) if dtype.kind in "iu" else rng.normal(0, 1, shape)).astype(
+            dtype
+        )
     return found
 
 
@@ -143,7 +149,9 @@ def worst_error(before: ir.Model, after: ir.Model, batch: int = 2) -> tuple[floa
     feeds = feeds_of(before, batch)
     one, two = run(before, feeds), run(after, feeds)
     assert [v.name for v in before.graph.outputs] == [v.name for v in after.graph.outputs]
-    return max((relative_error(one[name], two[name]), name) for name in one if name in two and one[name].dtype.kind == "f")
+    return max(
+        (relative_error(one[name], two[name]), name) for name in one if name in two and one[name].dtype.kind == "f"
+    )
 
 
 def codes(plan: FoldPlan) -> dict[str, str | None]:
@@ -156,7 +164,9 @@ def fold(model: ir.Model) -> tuple[ir.Model, dict[str, str | None]]:
     return apply_fold(lifted, plan), codes(plan)
 
 
-def fold_and_check(model: ir.Model, tolerance: float = 2e-5, *, check: bool = True) -> tuple[ir.Model, dict[str, str | None]]:
+def fold_and_check(
+    model: ir.Model, tolerance: float = 2e-5, *, check: bool = True
+) -> tuple[ir.Model, dict[str, str | None]]:
     """Fold, and see that the result is valid, computes the same at two batch sizes, and that the original was left alone."""
     before = ir.to_proto(model).SerializeToString(deterministic=True)
     folded, found = fold(model)

@@ -11,10 +11,10 @@ import onnx
 import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from test_onnx_checks import FREE, Net, count, fold, fold_and_check, run, worst_error
 
 from bnctl.engines.onnx.lift import lift
 from bnctl.errors import ModelError, OverflowInFoldError
+from test_onnx_checks import FREE, Net, count, fold, fold_and_check, run, worst_error
 
 
 def all_folded(net: Net, *outputs: str, tolerance: float = 2e-5, check: bool = True) -> ir.Model:
@@ -51,7 +51,9 @@ def test_convs_of_any_rank(op: str, spatial: int) -> None:
 @pytest.mark.parametrize(("groups", "cout"), [(1, 4), (2, 4), (2, 8), (4, 4), (4, 12)])
 def test_transposed_conv_with_as_many_inputs_as_outputs(groups: int, cout: int) -> None:
     net = Net(FREE, 4, 5, 5)
-    v = net.add("ConvTranspose", "x", net.normal(4, cout // groups, 3, 3), net.normal(cout), group=groups, strides=[2, 2])
+    v = net.add(
+        "ConvTranspose", "x", net.normal(4, cout // groups, 3, 3), net.normal(cout), group=groups, strides=[2, 2]
+    )
     all_folded(net, net.bn(v, cout))
 
 
@@ -89,7 +91,9 @@ def test_matmul_and_the_add_of_its_bias(bias_shape: tuple[int, ...] | None, firs
 def test_a_matmul_whose_product_is_read_twice_keeps_its_add_apart() -> None:
     net = Net(FREE, 4)
     v = net.add("MatMul", "x", net.normal(4, 4), out="m")
-    folded, found = fold_and_check(net.model(net.bn(net.add("Add", v, net.normal(4)), 4), net.add("Relu", "m", out="r")))
+    folded, found = fold_and_check(
+        net.model(net.bn(net.add("Add", v, net.normal(4)), 4), net.add("Relu", "m", out="r"))
+    )
     assert "BN101" in found.values()
     assert count(folded, "BatchNormalization") == 1
 
@@ -150,7 +154,12 @@ def test_a_reader_in_a_subgraph() -> None:
     inner = [helper.make_node("Relu", [v], ["inner"])]
     out = [helper.make_tensor_value_info("inner", TensorProto.FLOAT, None)]
     branch = helper.make_graph(inner, "branch", [], out)
-    other = helper.make_graph([helper.make_node("Neg", [b], ["inner2"])], "other", [], [helper.make_tensor_value_info("inner2", TensorProto.FLOAT, None)])
+    other = helper.make_graph(
+        [helper.make_node("Neg", [b], ["inner2"])],
+        "other",
+        [],
+        [helper.make_tensor_value_info("inner2", TensorProto.FLOAT, None)],
+    )
     net.add("If", net.param(np.array(True)), out="y", then_branch=branch, else_branch=other)
     left(net, "BN101", "y")
 
@@ -202,7 +211,9 @@ def test_a_computed_weight() -> None:
 
 def test_a_computed_bias() -> None:
     net = Net(4)
-    v = net.add("Conv", net.add("Expand", "x", np.array([1, 3, 8, 4])), net.param(net.normal(4, 3, 3, 3)), net.add("Relu", "x"))
+    v = net.add(
+        "Conv", net.add("Expand", "x", np.array([1, 3, 8, 4])), net.param(net.normal(4, 3, 3, 3)), net.add("Relu", "x")
+    )
     left(net, "BN108", net.bn(v, 4))
 
 
@@ -464,7 +475,20 @@ def _squeeze(net: Net) -> str:
 
 @pytest.mark.parametrize(
     "build",
-    [_concat, _residual, _difference, _average, _resize, _reflect, _shuffle, _mean, _split, _slice, _spatial_slice, _squeeze],
+    [
+        _concat,
+        _residual,
+        _difference,
+        _average,
+        _resize,
+        _reflect,
+        _shuffle,
+        _mean,
+        _split,
+        _slice,
+        _spatial_slice,
+        _squeeze,
+    ],
     ids=lambda f: f.__name__.strip("_"),
 )
 def test_passing_operators(build: Any) -> None:
@@ -543,7 +567,10 @@ def test_names_that_users_know() -> None:
     net = Net(FREE, 4, 6, 6)
     w = net.param(net.normal(4, 4, 1, 1), "layer1.conv.weight")
     v = net.add("Conv", "x", w)
-    stats = [net.param(a, f"layer1.bn.{n}") for n, a in zip(("weight", "bias", "running_mean", "running_var"), np.ones((4, 4)), strict=True)]
+    stats = [
+        net.param(a, f"layer1.bn.{n}")
+        for n, a in zip(("weight", "bias", "running_mean", "running_var"), np.ones((4, 4)), strict=True)
+    ]
     model = net.model(net.add("BatchNormalization", v, *stats))
     assert [n.layer for n in lift(model).graph.nodes] == ["layer1.conv", "layer1.bn"]
 
@@ -631,7 +658,9 @@ def test_constant_nodes_as_weights() -> None:
 def test_constant_of_shape_as_weight() -> None:
     net = Net(FREE, 4, 6, 6)
     shape = net.param(np.array([4, 4, 3, 3]))
-    w = [net.add("ConstantOfShape", shape, value=numpy_helper.from_array(np.array([v], np.float32))) for v in (0.5, 0.25)]
+    w = [
+        net.add("ConstantOfShape", shape, value=numpy_helper.from_array(np.array([v], np.float32))) for v in (0.5, 0.25)
+    ]
     one = net.bn(net.add("Conv", "x", w[0]), 4)
     two = net.add("Conv", "x", w[1])
     folded = all_folded(net, one, two)
@@ -664,7 +693,9 @@ def _subgraph(name: str, value: str, net: Net) -> onnx.GraphProto:
 def test_a_batch_norm_in_a_subgraph() -> None:
     net = Net(FREE, 4, 6, 6)
     v = net.conv("x", 4, 4)
-    net.add("If", net.param(np.array(True)), out="y", then_branch=_subgraph("a", v, net), else_branch=_subgraph("b", v, net))
+    net.add(
+        "If", net.param(np.array(True)), out="y", then_branch=_subgraph("a", v, net), else_branch=_subgraph("b", v, net)
+    )
     _, found = fold_and_check(net.model("y"))
     assert found == {"a_bn": "BN120", "b_bn": "BN120"}
 

@@ -10,7 +10,6 @@ import onnx
 import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
-from test_onnx_checks import FREE, Net, count, feeds_of, fold, relative_error, run, worst_error
 
 from bnctl.engines.onnx import insert
 from bnctl.engines.onnx.calibrate import calibrate
@@ -19,6 +18,7 @@ from bnctl.engines.onnx.lift import lift
 from bnctl.errors import DataError
 from bnctl.numerics.moments import Moments
 from bnctl.plan.insert import plan_insert
+from test_onnx_checks import FREE, Net, count, feeds_of, fold, relative_error, run, worst_error
 
 EPS = 1e-3
 
@@ -82,7 +82,9 @@ def test_half_precision(opset: int) -> None:
     with_norms = inserted(model)
     onnx.checker.check_model(ir.to_proto(with_norms), full_check=True)
     node = next(n for n in with_norms.graph if n.op_type == "BatchNormalization")
-    assert {v.dtype for v in node.inputs[1:] if v is not None} == {ir.DataType.FLOAT if opset >= 15 else ir.DataType.FLOAT16}
+    assert {v.dtype for v in node.inputs[1:] if v is not None} == {
+        ir.DataType.FLOAT if opset >= 15 else ir.DataType.FLOAT16
+    }
     assert worst_error(model, with_norms)[0] < 3e-2
 
 

@@ -7,12 +7,33 @@ import onnx
 import onnx_ir as ir
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from test_onnx_checks import FREE, Net, fold, relative_error, run
 
 C, SIDE = 4, 4
 """As many channels as rows and columns, so that no confusion of axes shows in a shape."""
 
-KINDS = ("conv", "padded", "transposed", "bn", "bn", "bn", "relu", "transpose", "reshape", "concat", "add", "sub", "pool", "max", "mul", "bias", "matmul", "split", "branch")
+KINDS = (
+    "conv",
+    "padded",
+    "transposed",
+    "bn",
+    "bn",
+    "bn",
+    "relu",
+    "transpose",
+    "reshape",
+    "concat",
+    "add",
+    "sub",
+    "pool",
+    "max",
+    "mul",
+    "bias",
+    "matmul",
+    "split",
+    "branch",
+)
 
 
 def grow(net: Net, x: str, kind: str) -> str:
@@ -23,7 +44,9 @@ def grow(net: Net, x: str, kind: str) -> str:
         case "padded":
             return net.conv(x, C, C, 3, pads=[1, 1, 1, 1])
         case "transposed":
-            return net.add("ConvTranspose", x, net.normal(C, C // 2, 3, 3) / 3, net.normal(C), group=2, pads=[1, 1, 1, 1])
+            return net.add(
+                "ConvTranspose", x, net.normal(C, C // 2, 3, 3) / 3, net.normal(C), group=2, pads=[1, 1, 1, 1]
+            )
         case "bn":
             return net.bn(x, C)
         case "relu":
@@ -34,8 +57,7 @@ def grow(net: Net, x: str, kind: str) -> str:
             target = [[0, 8, 2, 4], [0, 2, 2, 4, 4], [0, 4, 16], [0, 64]][int(net.rng.integers(4))]
             return net.add("Reshape", net.add("Reshape", x, np.array(target)), np.array([0, C, SIDE, SIDE]))
         case "concat":
-            both = net.add("Concat", net.conv(x, C, 2, 1), net.conv(x, C, 2, 1), axis=1)
-            return both
+            return net.add("Concat", net.conv(x, C, 2, 1), net.conv(x, C, 2, 1), axis=1)
         case "add" | "sub":
             return net.add(kind.title(), net.conv(x, C, C, 1), net.conv(x, C, C, 1))
         case "pool":
@@ -58,10 +80,10 @@ def grow(net: Net, x: str, kind: str) -> str:
 @settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(kinds=st.lists(st.sampled_from(KINDS), min_size=2, max_size=9), seed=st.integers(0, 2**16))
 def test_folding_preserves_any_chain(kinds: list[str], seed: int) -> None:
-    net = Net(FREE, C, SIDE, SIDE, seed=seed, dtype=np.float64)  # ONNX Runtime has no float64 pools: they are left out of the chain below
+    net = Net(FREE, C, SIDE, SIDE, seed=seed)
     v = "x"
     for kind in kinds:
-        v = grow(net, v, kind if net.dtype != np.float64 or kind not in {"pool", "max", "transposed"} else "bn")
+        v = grow(net, v, kind)
     model = net.model(net.add("Identity", v, out="y"))
     folded, _ = fold(model)
     onnx.checker.check_model(ir.to_proto(folded), full_check=True)
@@ -69,4 +91,4 @@ def test_folding_preserves_any_chain(kinds: list[str], seed: int) -> None:
         x = np.random.default_rng(seed).normal(0, 1, (batch, C, SIDE, SIDE)).astype(net.dtype)
         before, after = run(model, {"x": x}), run(folded, {"x": x})
         for name in before.keys() & after.keys():
-            assert relative_error(before[name], after[name]) < 1e-8, name
+            assert relative_error(before[name], after[name]) < 1e-3, name

@@ -1,27 +1,30 @@
-"""A batch, and whatever a user's loader yields as batches."""
+"""Batches: what a model is fed with, and how the items of the user's own loaders are read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bnctl.errors import DataError
+from bnctl.errors import BnctlError, DataError
 
 LABEL_KEYS = ("y", "label", "labels", "target", "targets")
+
+_FORMS = "a batch is an array or tensor, (x, y), (x1, x2, ..., y) or a dict of keyword inputs"
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Inputs of a model for several samples.
+    """Inputs of one call of a model.
 
-    Args:
-        args: positional inputs; numpy arrays, or tensors and containers as the user's loader gave them.
-        kwargs: keyword inputs.
-        labels: int64 (N,), where known.
+    Attributes:
+        args: positional inputs: numpy arrays, or tensors and containers as the user's loader gave them.
+        kwargs: inputs by name.
+        labels: class numbers (N,) int64, where known.
     """
 
     args: tuple[Any, ...] = ()
@@ -30,120 +33,83 @@ class Batch:
 
     @property
     def size(self) -> int:
-        """Number of samples: the first axis of the first array, or the length of the first list (detection models take a list of images)."""
-        for value in (*self.args, *self.kwargs.values()):
-            size = _samples(value)
-            if size is not None:
-                return size
-        return 0 if self.labels is None else len(self.labels)
+        """Number of samples: the length of the first input that has one.
 
+        Of an array that is axis 0; a list or tuple (of images, say) has one item per sample; dicts and dataclasses are
+        looked into. One, where no input has a length.
+        """
+        lengths = (_length(value) for value in (*self.args, *self.kwargs.values()))
+        return next((length for length in lengths if length is not None), 1)
 
-def _samples(value: Any) -> int | None:
-    if getattr(value, "ndim", 0):
-        return int(value.shape[0])
-    if isinstance(value, list):
-        return len(value)
-    if isinstance(value, (tuple, Mapping)):
-        parts = value.values() if isinstance(value, Mapping) else value
-        return next((n for part in parts if (n := _samples(part)) is not None), None)
-    return None
-
-
-def as_batch(item: Any) -> Batch:
-    """One item of a loader as a batch.
-
-    | item | means |
-    |---|---|
-    | a tensor or array | the one positional input |
-    | `(x, y)` | input and labels |
-    | a dict | keyword inputs; `y`, `label`, `labels`, `target` or `targets` are labels |
-    | a list | one positional input: detection models take a list of images |
-    | a :class:`Batch` | itself |
-
-    Raises:
-        DataError: anything else, or labels that are no whole numbers.
-    """
-    if isinstance(item, Batch):
-        return item
-    if isinstance(item, tuple):
-        if len(item) == 2:
-            return Batch((item[0],), {}, as_labels(item[1]))
-        if len(item) == 1:
-            return Batch((item[0],))
-        raise DataError(
-            f"a batch is a tuple of {len(item)}",
-            hint="yield x, (x, y), or a dict of keyword inputs; for several positional inputs a bnctl.data.batches.Batch",
+    def first(self, samples: int) -> Batch:
+        """The first samples of the batch: every part whose length is the batch's size is cut."""
+        size = self.size
+        return Batch(
+            tuple(_cut(value, size, samples) for value in self.args),
+            {name: _cut(value, size, samples) for name, value in self.kwargs.items()},
+            None if self.labels is None else self.labels[:samples],
         )
-    if isinstance(item, Mapping):
-        labels = [key for key in LABEL_KEYS if key in item]
-        inputs = {str(key): value for key, value in item.items() if key not in labels}
-        return Batch((), inputs, as_labels(item[labels[0]]) if labels else None)
-    if hasattr(item, "shape") or isinstance(item, list):
-        return Batch((item,))
-    raise DataError(
-        f"a batch is a {type(item).__name__}", hint="yield a tensor or array, (x, y), or a dict of keyword inputs"
-    )
 
 
-def as_labels(value: Any) -> NDArray[np.int64]:
-    """Class numbers as int64 (N,).
+@dataclass(frozen=True)
+class Batches:
+    """Batches that can be read again and again: each pass calls `read`."""
 
-    Raises:
-        DataError: they are not whole numbers, one per sample.
-    """
-    array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
-    if array.ndim == 2 and array.shape[1] == 1:
-        array = array[:, 0]
-    whole = array.dtype.kind in "iub" or (array.dtype.kind == "f" and bool(np.all(array == np.round(array))))
-    if array.ndim != 1 or not whole:
-        raise DataError(
-            f"labels of shape {array.shape} and type {array.dtype}", hint="labels are class numbers, one per sample"
-        )
-    return array.astype(np.int64)
-
-
-class _Batches:
-    """An iterable of anything, as batches; a loader that raises is named with the batch."""
-
-    def __init__(self, source: Iterable[Any], name: str) -> None:
-        self.source, self.name = source, name
-        self.used = False
+    read: Callable[[], Iterator[Batch]]
 
     def __iter__(self) -> Iterator[Batch]:
-        iterator = iter(self.source)
-        if iterator is self.source:
-            if self.used:
-                raise DataError(
-                    f"{self.name} can be gone through only once",
-                    hint="give something that can be iterated again, such as a list or a DataLoader",
-                )
-            self.used = True
-        number = 0
-        while True:
-            try:
-                item = next(iterator)
-            except StopIteration:
-                break
-            except DataError:
-                raise
-            except Exception as error:
-                raise DataError(
-                    f"{self.name} fails at batch {number}: {type(error).__name__}: {error}",
-                    hint="run the loader on its own",
-                ) from error
-            yield as_batch(item)
-            number += 1
-        if number == 0:
-            raise DataError(f"{self.name} holds no batch", hint="check the data")
+        return self.read()
 
 
-def as_batches(source: Iterable[Any], *, name: str = "data") -> Iterable[Batch]:
-    """What the Python API and `module:callable` take as data; can be gone through as often as `source` can.
+@dataclass(frozen=True)
+class CountedBatches(Batches):
+    """Batches of which the number is known."""
+
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+
+def as_batches(source: Iterable[Any], *, name: str = "data") -> Batches:
+    """Read the items of an iterable, such as a torch `DataLoader`, as batches. Arrays and tensors are kept as they are.
+
+    | item | inputs | labels |
+    |---|---|---|
+    | array, tensor | itself | none |
+    | `(x, y)` | `x` | `y` |
+    | `(x1, x2, ..., y)` | all but the last, by position; end with None where there are no labels | `y` |
+    | `(x,)` | `x` | none |
+    | a list of images: arrays with three axes each | the list, as detection models take it | none |
+    | any other list | like a tuple: that is what `DataLoader` makes of one | |
+    | dict | by name | under `y`, `label`, `labels`, `target` or `targets` |
+    | `Batch` | as it is | as it is |
+    | any other object | itself | none |
+
+    A list inside of a tuple is one input: `(images, targets)`. Labels are whole numbers, one per sample; labels of other kinds
+    (masks, boxes, regression targets) are ignored. Batches without a sample are skipped.
+
+    Args:
+        source: read once per pass. An iterator can be read only once; a second pass raises.
+        name: what to call it in errors.
+
+    Returns:
+        Batches, with a length where `source` has one.
 
     Raises:
-        DataError: on iteration: no batch at all, an item that is no batch, a second pass over a generator, or whatever the loader raises.
+        DataError: now: not an iterable of batches. During a pass: there are no samples, an item cannot be read, labels do
+            not match the samples, the loader raises, or an iterator is read again.
     """
-    return source if isinstance(source, _Batches) else _Batches(source, name)
+    if isinstance(source, Batches):
+        return source
+    require_items(source, name)
+    items = _Once(source, name) if isinstance(source, Iterator) else source
+    count = _count(source)
+
+    def read() -> Iterator[Batch]:
+        return read_items(items, name)
+
+    return Batches(read) if count is None else CountedBatches(read, count)
 
 
 def first_of(batches: Iterable[Batch]) -> Batch:
@@ -154,4 +120,160 @@ def first_of(batches: Iterable[Batch]) -> Batch:
     """
     for batch in batches:
         return batch
-    raise DataError("the data hold no batch", hint="check the data")
+    raise DataError("the data hold no batch", hint="give data that are not empty")
+
+
+def require_items(value: object, name: str) -> None:
+    """Refuse what is no iterable of batches, such as a single tensor, of which iteration would make rows.
+
+    Raises:
+        DataError: it is none.
+    """
+    if isinstance(value, (str, bytes, Mapping)) or hasattr(value, "shape") or not hasattr(value, "__iter__"):
+        raise DataError(
+            f"{name} is {_article(value)}, not an iterable of batches",
+            hint=f"put a single batch into a list: [batch]; {_FORMS}",
+        )
+
+
+def read_items(items: Iterable[Any], name: str) -> Iterator[Batch]:
+    """One pass over a user's items; see :func:`as_batches`."""
+    samples = 0
+    for index, item in enumerate(_guarded(items, name)):
+        batch = as_batch(item, where=f"{name}, batch {index}")
+        if batch.size:
+            samples += batch.size
+            yield batch
+    if not samples:
+        raise DataError(f"{name} holds no samples", hint="give data that are not empty")
+
+
+def as_batch(item: Any, *, where: str = "the batch") -> Batch:
+    """Read one item; see :func:`as_batches`.
+
+    Raises:
+        DataError: the item cannot be read, or its labels do not match its samples.
+    """
+    if isinstance(item, Batch):
+        return item
+    if item is None or isinstance(item, (str, bytes, int, float, complex)):
+        raise DataError(f"{where} is {_article(item)}", hint=_FORMS)
+    args, kwargs, labels = _parts(item, where)
+    if not (args or kwargs):
+        raise DataError(f"{where} holds no input", hint=_FORMS)
+    batch = Batch(args, kwargs, class_labels(labels))
+    if batch.labels is not None and len(batch.labels) != batch.size:
+        raise DataError(f"{where} has {batch.size} samples and {len(batch.labels)} labels", hint="give one per sample")
+    return batch
+
+
+def class_labels(value: Any) -> NDArray[np.int64] | None:
+    """Class numbers (N,) int64, if the value holds whole numbers in the shape (N,) or (N, 1); else None."""
+    try:
+        array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
+    except (TypeError, ValueError, RuntimeError):  # ragged lists, tensors without a numpy type
+        return None
+    if array.ndim not in (1, 2) or array.shape[1:] not in ((), (1,)) or array.dtype.kind not in "iubf":
+        return None
+    if array.dtype.kind == "f" and not np.array_equal(array, np.rint(array)):
+        return None
+    return array.reshape(len(array)).astype(np.int64)
+
+
+def slices(samples: int, batch_size: int) -> Iterator[slice]:
+    """0 to `samples` in steps of `batch_size`; the last step may be shorter."""
+    return (slice(start, min(start + batch_size, samples)) for start in range(0, samples, batch_size))
+
+
+def batch_count(samples: int, batch_size: int) -> int:
+    """How many steps :func:`slices` takes."""
+    return -(-samples // batch_size)
+
+
+def spread(samples: int, limit: int | None) -> NDArray[np.int64]:
+    """Ascending indices of at most `limit` of the samples, evenly spaced: data are often sorted by class."""
+    kept = samples if limit is None else min(samples, limit)
+    return np.arange(kept, dtype=np.int64) * samples // max(kept, 1)
+
+
+class _Once:
+    """An iterator that says so when it is asked for a second pass."""
+
+    def __init__(self, iterator: Iterator[Any], name: str) -> None:
+        self._iterator = iterator
+        self._name = name
+        self._used = False
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._used:
+            raise DataError(
+                f"{self._name} is an iterator ({type(self._iterator).__name__}) that was read already, "
+                "and a second pass is needed",
+                hint="give something that can be read again: a list, a DataLoader, or an object with __iter__",
+            )
+        self._used = True
+        return self._iterator
+
+
+def _guarded(items: Iterable[Any], name: str) -> Iterator[Any]:
+    index = 0
+    try:
+        for item in items:
+            yield item
+            index += 1
+    except BnctlError:
+        raise
+    except Exception as error:  # whatever the user's code raises
+        raise DataError(
+            f"{name} fails at batch {index}: {type(error).__name__}: {error}", hint="the cause is in the loader's code"
+        ) from error
+
+
+def _parts(item: Any, where: str) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
+    """Positional inputs, keyword inputs, labels."""
+    if isinstance(item, Mapping):
+        named = [key for key in LABEL_KEYS if key in item]
+        if len(named) > 1:
+            raise DataError(f"{where} has labels under {' and '.join(named)}", hint="leave one")
+        inputs = {str(key): value for key, value in item.items() if key not in named}
+        return (), inputs, item[named[0]] if named else None
+    images = isinstance(item, list) and all(getattr(part, "ndim", 0) == 3 for part in item)
+    if not isinstance(item, (tuple, list)) or images:
+        return (item,), {}, None
+    return (tuple(item[:-1]), {}, item[-1]) if len(item) > 1 else (tuple(item), {}, None)
+
+
+def _length(value: Any) -> int | None:
+    shape = getattr(value, "shape", None)
+    if shape is not None:
+        return int(shape[0]) if len(shape) else None
+    if isinstance(value, (list, tuple)):
+        return len(value)
+    inner = value.values() if isinstance(value, Mapping) else _fields(value).values()
+    return next((length for length in map(_length, inner) if length is not None), None)
+
+
+def _cut(value: Any, size: int, samples: int) -> Any:
+    if hasattr(value, "shape") or isinstance(value, (list, tuple)):
+        return value[:samples] if _length(value) == size else value
+    if isinstance(value, Mapping):
+        return {key: _cut(inner, size, samples) for key, inner in value.items()}
+    fields = {key: _cut(inner, size, samples) for key, inner in _fields(value).items()}
+    return dataclasses.replace(value, **fields) if fields else value
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return {}
+    return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+
+
+def _count(source: object) -> int | None:
+    try:
+        return len(source) if isinstance(source, Sized) else None
+    except TypeError:  # a DataLoader of an iterable dataset
+        return None
+
+
+def _article(item: object) -> str:
+    return "None" if item is None else f"a {type(item).__name__}"

@@ -1,83 +1,96 @@
-"""`folder/`: one subfolder per class, images in them."""
+"""Data in a folder of images, one subfolder per class."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bnctl.data.batches import Batch
+from bnctl.data.batches import Batch, CountedBatches, batch_count, slices, spread
 from bnctl.data.preprocess import Preprocess
 from bnctl.errors import DataError
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+_FORM = f"one subfolder per class with images ({', '.join(sorted(SUFFIXES))}) in it"
 
 
-@dataclass(frozen=True)
-class FolderData:
-    """Images on disk, decoded batch by batch; the label is the position of the class's name in alphabetical order."""
+def read_folder(
+    folder: Path,
+    *,
+    batch_size: int = 32,
+    preprocess: Preprocess | None = None,
+    seed: int = 0,
+    limit: int | None = None,
+) -> CountedBatches:
+    """Batches of the images in a folder.
 
-    files: tuple[tuple[Path, int], ...]
-    classes: tuple[str, ...]
-    batch_size: int
-    preprocess: Preprocess
+    The label is the position of the subfolder among their sorted names. The order is random but always the same for a seed,
+    so that a batch has images of many classes; how they are cut into batches does not change it. A folder with images
+    and no subfolders has no labels. Hidden files and files that are no images by their names are passed over.
 
-    def __len__(self) -> int:
-        return -(-len(self.files) // self.batch_size)
-
-    def __iter__(self) -> Iterator[Batch]:
-        for start in range(0, len(self.files), self.batch_size):
-            part = self.files[start : start + self.batch_size]
-            pixels = [self._decode(path) for path, _ in part]
-            shapes = {p.shape for p in pixels}
-            if len(shapes) > 1:
-                sizes = ", ".join(str(s) for s in sorted(shapes)[:3])
-                raise DataError(
-                    f"images of different sizes in one batch: {sizes}", hint="give --preprocess with resize and crop"
-                )
-            labels = np.array([label for _, label in part], np.int64)
-            yield Batch((self.preprocess.images(np.stack(pixels)),), {}, labels)
-
-    def _decode(self, path: Path) -> NDArray[Any]:
-        from PIL import Image, UnidentifiedImageError
-
-        try:
-            with Image.open(path) as picture:
-                return self.preprocess.image(picture)
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-            raise DataError(f"{path} cannot be decoded: {error}", hint="remove or repair the image") from error
-
-
-def open_folder(
-    path: Path, *, batch_size: int, preprocess: Preprocess | None = None, limit: int | None = None
-) -> FolderData:
-    """Batches of an image folder.
-
-    With a limit, samples are taken in turn from all classes, so that a part of the data still shows every class.
+    Args:
+        folder: one subfolder per class; images may lie deeper in it.
+        batch_size: images per batch; the last batch may be smaller.
+        preprocess: left out, images are RGB, (N, 3, H, W) float32 between 0 and 1.
+        seed: of the order.
+        limit: at most this many images, from all classes in proportion.
 
     Raises:
-        DataError: there are no class folders, or no images in them.
+        DataError: now: there are no images, or a class has none. During a pass: an image cannot be read, or does not have the
+            size of the others in its batch.
     """
-    classes = tuple(sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")))
+    paths, labels = _listing(folder)
+    kept = np.random.default_rng(seed).permutation(spread(len(paths), limit))
+    steps = preprocess or Preprocess()
+
+    def read() -> Iterator[Batch]:
+        for step in slices(len(kept), batch_size):
+            chosen = kept[step]
+            images = steps.apply(_decoded(paths[index] for index in chosen))
+            yield Batch((images,), {}, None if labels is None else labels[chosen])
+
+    return CountedBatches(read, batch_count(len(kept), batch_size))
+
+
+def _listing(folder: Path) -> tuple[list[Path], NDArray[np.int64] | None]:
+    classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    loose = _images(folder.glob("*"))
+    if classes and loose:
+        raise DataError(f"{folder} has images beside its subfolders, such as {loose[0].name}", hint=_FORM)
     if not classes:
-        raise DataError(
-            f"{path} has no subfolders", hint="put the images of each class into a folder of its own: folder/cat/1.png"
-        )
-    per_class = [
-        [(file, label) for file in sorted((path / name).iterdir()) if file.suffix.lower() in SUFFIXES]
-        for label, name in enumerate(classes)
-    ]
-    files = [entry for entries in per_class for entry in entries]
-    if not files:
-        raise DataError(f"{path} holds no images", hint=f"known suffixes are {', '.join(sorted(SUFFIXES))}")
-    if limit is not None and limit < len(files):
-        longest = max(map(len, per_class))
-        files = sorted(
-            [entries[i] for i in range(longest) for entries in per_class if i < len(entries)][:limit],
-            key=lambda e: (e[1], e[0]),
-        )
-    return FolderData(tuple(files), classes, batch_size, preprocess or Preprocess())
+        if not loose:
+            raise DataError(f"{folder} holds no images", hint=_FORM)
+        return loose, None
+    found = [_images(path.rglob("*")) for path in classes]
+    empty = [path.name for path, images in zip(classes, found, strict=True) if not images]
+    if empty:
+        raise DataError(f"{folder}: no images in {', '.join(empty)}", hint=f"{_FORM}; labels follow their sorted names")
+    labels = np.repeat(np.arange(len(classes), dtype=np.int64), [len(images) for images in found])
+    return [path for images in found for path in images], labels
+
+
+def _images(paths: Iterable[Path]) -> list[Path]:
+    return sorted(p for p in paths if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file())
+
+
+def _decoded(paths: Iterable[Path]) -> Iterator[tuple[str, Image]]:
+    from PIL import Image
+
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                image.load()
+        except (
+            OSError,
+            ValueError,
+            SyntaxError,
+            Image.DecompressionBombError,
+        ) as error:  # PIL's decoders raise all of these
+            raise DataError(f"{path} is not an image that can be read: {error}", hint="repair or remove it") from error
+        yield str(path), image

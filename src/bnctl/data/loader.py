@@ -1,61 +1,103 @@
-"""`package.module:callable`: a loader of the user's own."""
+"""Data from the user's own code: `package.module:callable`."""
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
-from bnctl.data.batches import Batch, as_batches
-from bnctl.errors import DataError, ModelError
+from bnctl.data.batches import Batch, Batches, read_items, require_items
+from bnctl.errors import BnctlError, DataError
+
+_WORD = re.compile(r"(?P<module>[^\W\d]\w*(?:\.[^\W\d]\w*)*):(?P<attr>[^\W\d]\w*(?:\.[^\W\d]\w*)*)")
 
 
-@dataclass(frozen=True)
-class LoaderData:
-    """Calls the user's function anew for every pass, so that it can be a generator.
+def is_loader_word(word: str) -> bool:
+    """Whether a word has the form `package.module:callable`."""
+    return _WORD.fullmatch(word) is not None
+
+
+def read_loader(word: str, *, limit: int | None = None) -> Batches:
+    """Batches of what a callable returns: an iterable of batches, see :func:`bnctl.data.batches.as_batches`.
+
+    The callable is called without arguments, anew for each pass, so that it may return a generator. It decides on the size of
+    its batches and their order. The current folder is importable, also while the batches are made.
 
     Args:
-        call: returns an iterable of batches.
-        name: as the user wrote it.
-        limit: end after this many samples, at the end of a batch.
-    """
-
-    call: Callable[[], Iterable[Any]]
-    name: str
-    limit: int | None = None
-
-    def __iter__(self) -> Iterator[Batch]:
-        try:
-            source = self.call()
-            iter(source)
-        except Exception as error:
-            raise DataError(
-                f"{self.name} fails: {type(error).__name__}: {error}",
-                hint="it is called without arguments and returns an iterable of batches",
-            ) from error
-        samples = 0
-        for batch in as_batches(source, name=self.name):
-            yield batch
-            samples += batch.size
-            if self.limit is not None and samples >= self.limit:
-                return
-
-
-def open_loader(word: str, *, limit: int | None = None) -> LoaderData:
-    """Find the user's function; the current folder is importable.
+        word: `package.module:callable`.
+        limit: stop after this many samples; the last batch is cut.
 
     Raises:
-        DataError: there is no such function.
+        DataError: now: the import fails, or there is no such callable. During a pass: the call or the iteration fails, or an
+            item is no batch.
     """
-    from bnctl.models.importing import import_module
+    call = _resolve(word)
+
+    def read() -> Iterator[Batch]:
+        batches = read_items(_items(call, word), word)
+        return batches if limit is None else _first(batches, limit)
+
+    return Batches(read)
+
+
+def _first(batches: Iterable[Batch], limit: int) -> Iterator[Batch]:
+    left = limit
+    for batch in batches:
+        yield batch if batch.size <= left else batch.first(left)
+        left -= batch.size
+        if left <= 0:
+            return
+
+
+def _items(call: Callable[[], Any], word: str) -> Iterator[Any]:
+    from bnctl.models.importing import current_folder_importable
+
+    with current_folder_importable():
+        found = _called(call, word)
+        require_items(found, f"what {word} returns")
+        items = iter(found)
+    end = object()
+    while True:
+        with current_folder_importable():  # while the user's code runs, not while the batch is in use
+            item = next(items, end)
+        if item is end:
+            return
+        yield item
+
+
+def _called(call: Callable[[], Any], word: str) -> Any:
+    try:
+        return call()
+    except BnctlError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise DataError(f"{word}() fails: {_cause(error)}", hint="it is called without arguments") from error
+
+
+def _resolve(word: str) -> Callable[[], Any]:
+    from bnctl.models.importing import current_folder_importable, import_module
 
     module_name, _, attribute = word.partition(":")
     try:
-        call = getattr(import_module(module_name), attribute, None)
-    except ModelError as error:
-        raise DataError(f"--data {word}: {error.message}", hint=error.hint) from error
-    if not callable(call):
+        with current_folder_importable():
+            found: Any = import_module(module_name)
+    except ModuleNotFoundError as error:
         raise DataError(
-            f"--data {word}: {module_name} has no function {attribute!r}", hint="give package.module:function"
-        )
-    return LoaderData(call, word, limit)
+            f"{word}: no module named {error.name}", hint="install it, or run bnctl in the folder that holds it"
+        ) from error
+    except (Exception, SystemExit) as error:  # a module that ends the process on import must not end bnctl
+        raise DataError(f"{word}: importing {module_name} fails: {_cause(error)}", hint="the cause is in it") from error
+    for name in attribute.split("."):
+        if not hasattr(found, name):
+            near = difflib.get_close_matches(name, [n for n in dir(found) if not n.startswith("_")])
+            hint = f"did you mean {' or '.join(near)}?" if near else "name a function of that module"
+            raise DataError(f"{word}: {module_name} has no {attribute}", hint=hint)
+        found = getattr(found, name)
+    if not callable(found):
+        raise DataError(f"{word} is a {type(found).__name__}, not callable", hint="name a function that returns it")
+    return found  # type: ignore[no-any-return]
+
+
+def _cause(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -1,65 +1,129 @@
-"""`file.npz`: arrays `x` and, where accuracy is wanted, `y`; or keyword inputs by name."""
+"""Data in a numpy archive: inputs, and labels where accuracy is wanted."""
 
 from __future__ import annotations
 
 import zipfile
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bnctl.data.arrays import ArrayData
-from bnctl.data.batches import LABEL_KEYS, as_labels
-from bnctl.data.preprocess import Preprocess
+from bnctl.data.batches import LABEL_KEYS, Batch, CountedBatches, batch_count, class_labels, slices, spread
+from bnctl.data.preprocess import EXAMPLE, Preprocess, are_images
 from bnctl.errors import DataError
 
+_FORM = "np.savez(file, x=inputs, y=class_numbers)"
 
-def open_npz(
-    path: Path, *, batch_size: int, preprocess: Preprocess | None = None, limit: int | None = None
-) -> ArrayData:
-    """Batches of an npz file. Nothing is unpickled.
 
-    The array `x` is the one positional input; without it, every array is a keyword input of its name. Images of uint8 (N, H, W, C) need a preprocessing,
-    which says how they become floats: a guess would be wrong without a word.
+def read_npz(
+    path: Path, *, batch_size: int = 32, preprocess: Preprocess | None = None, limit: int | None = None
+) -> CountedBatches:
+    """Batches of a `.npz` file, in the file's order.
+
+    The array `x` is the one positional input. A file without `x` has one keyword input per array. `y` (or `label`,
+    `labels`, `target`, `targets`) are the class numbers. Axis 0 counts the samples everywhere.
+
+    Images, that is uint8 arrays (N, H, W) or (N, H, W, C), need `preprocess`, and nothing else takes it: how pixels become
+    input is for the user to say (`{"dtype": "uint8", "layout": "NHWC"}`: not at all). The arrays are held in memory as they
+    are in the file; images are converted batch by batch.
+
+    Args:
+        path: the file.
+        batch_size: samples per batch; the last batch may be smaller.
+        preprocess: for images.
+        limit: at most this many samples, evenly spaced.
 
     Raises:
-        DataError: the file cannot be read, holds objects, or its arrays have different lengths.
+        DataError: the file is damaged or holds objects, an input is missing or of another length, labels are no class
+            numbers, or images and `preprocess` do not come together.
     """
-    arrays = _read(path)
-    names = [key for key in LABEL_KEYS if key in arrays]
-    labels = as_labels(arrays.pop(names[0])) if names else None
-    if not arrays:
-        raise DataError(f"{path} holds no inputs", hint="save the inputs as x: np.savez(path, x=inputs, y=labels)")
-    sizes = {
-        name: len(a) if a.ndim else None
-        for name, a in {**arrays, **({} if labels is None else {names[0]: labels})}.items()
-    }
-    if len(set(sizes.values())) > 1:
+    arrays = _load(path)
+    inputs, labels = _parts(arrays, path)
+    samples = _same_length(arrays, path)
+    images = {name for name, array in inputs.items() if are_images(array)}
+    if images and preprocess is None:
+        name = min(images)
         raise DataError(
-            f"{path}: the arrays have different lengths: {sizes}", hint="all arrays have one entry per sample"
+            f"{path}: {name} holds uint8 images of shape {inputs[name].shape}, and nothing says how they become input",
+            hint=f"give --preprocess file.json, for instance {EXAMPLE}",
         )
-    if None in sizes.values() or 0 in sizes.values():
-        raise DataError(f"{path} holds no samples", hint="the first axis of every array counts the samples")
-    x = arrays.pop("x", None)
-    if x is not None and x.dtype == np.uint8 and preprocess is None:
+    if preprocess is not None and not images:
+        described = ", ".join(f"{name} is {array.dtype} {array.shape}" for name, array in inputs.items())
         raise DataError(
-            f"{path}: x holds uint8 of shape {x.shape}: images need a preprocessing",
-            hint='give --preprocess file.json, for example {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}',
+            f"{path} holds no images to preprocess: {described}",
+            hint="leave --preprocess out, or store images as uint8 (N, height, width, channels)",
         )
-    args = () if x is None else (x[:limit],)
-    kwargs = {name: a[:limit] for name, a in arrays.items()} if x is None else {}
-    transform = preprocess.images if preprocess is not None else None
-    return ArrayData(args, kwargs, None if labels is None else labels[:limit], batch_size, transform)
+    kept = spread(samples, limit)
+
+    def value(name: str, chosen: NDArray[np.int64]) -> NDArray[Any]:
+        part = inputs[name][_as_slice(chosen)]
+        return preprocess.apply_to_array(part, map(int, chosen)) if preprocess and name in images else part
+
+    def read() -> Iterator[Batch]:
+        for step in slices(len(kept), batch_size):
+            chosen = kept[step]
+            values = {name: value(name, chosen) for name in inputs}
+            args = (values.pop("x"),) if "x" in values else ()
+            yield Batch(args, values, None if labels is None else labels[chosen])
+
+    return CountedBatches(read, batch_count(len(kept), batch_size))
 
 
-def _read(path: Path) -> dict[str, NDArray[Any]]:
+def _as_slice(chosen: NDArray[np.int64]) -> NDArray[np.int64] | slice:
+    """A slice gives a view where indices would copy."""
+    first, last = int(chosen[0]), int(chosen[-1])
+    return slice(first, last + 1) if last - first + 1 == len(chosen) else chosen
+
+
+def _load(path: Path) -> dict[str, NDArray[Any]]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # Opened here, for numpy leaves the file open where the archive is damaged.
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise DataError(f"{path} holds a single array, not named ones", hint=_FORM)
             return {name: archive[name] for name in archive.files}
-    except FileNotFoundError:
-        raise DataError(f"{path} does not exist", hint="check --data") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        hint = "store numbers, not objects" if "pickle" in str(error).lower() else _FORM
+        raise DataError(f"{path} cannot be read: {error}", hint=hint) from error
+
+
+def _parts(arrays: dict[str, NDArray[Any]], path: Path) -> tuple[dict[str, NDArray[Any]], NDArray[np.int64] | None]:
+    labelling = [name for name in LABEL_KEYS if name in arrays]
+    inputs = {name: array for name, array in arrays.items() if name not in LABEL_KEYS}
+    held = ", ".join(arrays) or "nothing"
+    if not inputs:
+        raise DataError(f"{path} holds no input, only {held}", hint=_FORM)
+    if "x" in inputs and len(inputs) > 1:
         raise DataError(
-            f"{path} cannot be read: {error}", hint="write it with np.savez; arrays of objects are not read"
-        ) from error
+            f"{path} holds {held}: besides x there can only be labels",
+            hint="leave the rest out, or call every input by its name in the model",
+        )
+    if len(labelling) > 1:
+        raise DataError(f"{path} has labels under {' and '.join(labelling)}", hint="leave one")
+    if not labelling:
+        return inputs, None
+    labels = class_labels(arrays[labelling[0]])
+    if labels is None:
+        found = arrays[labelling[0]]
+        raise DataError(
+            f"{path}: {labelling[0]} holds no class numbers but {found.dtype} of shape {found.shape}",
+            hint="labels are integers, one per sample; leave them out where accuracy is not wanted",
+        )
+    return inputs, labels
+
+
+def _same_length(arrays: dict[str, NDArray[Any]], path: Path) -> int:
+    lengths = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
+    if len(set(lengths.values())) > 1:
+        described = ", ".join(f"{name} has {length}" for name, length in lengths.items())
+        raise DataError(
+            f"{path}: the arrays differ in their number of samples: {described}", hint="axis 0 counts samples"
+        )
+    samples = next(iter(lengths.values()))
+    if samples == 0:
+        raise DataError(f"{path} holds no samples", hint=_FORM)
+    return samples

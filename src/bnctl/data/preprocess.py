@@ -1,12 +1,14 @@
-"""From an image to what a network takes: resize, crop, scale, normalise, order of axes and channels."""
+"""From images to what a network takes: `--preprocess file.json`."""
 
 from __future__ import annotations
 
+import difflib
 import json
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,121 +18,229 @@ from bnctl.errors import DataError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+Channels = Literal["RGB", "BGR", "L"]
+Layout = Literal["NCHW", "NHWC"]
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+PixelType = Literal["float32", "uint8"]
+
+EXAMPLE = '{"resize": 256, "crop": 224, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}'
+
 
 @dataclass(frozen=True)
 class Preprocess:
-    """``y = (scale * x - mean) / std``, float32, after resize and centre crop.
+    """Steps from 8-bit images to the input of a network, in this order; the fields are the keys of the file.
 
-    Args:
-        resize: length of the shorter side, or (height, width); bilinear, antialiased. None: as it is.
-        crop: side of the square that is cut from the centre. None: nothing is cut.
-        mean, std: per channel, in the units of scaled values.
-        scale: factor for the pixel values 0 to 255.
-        channels: "RGB", "BGR" or "L" (grey).
+    x = (scale * pixel - mean) / std
+
+    The defaults do what torchvision's `ToTensor` does, and resize and crop what its `Resize` and `CenterCrop` do. Orientation
+    in EXIF data is not looked at; 16-bit images are refused.
+
+    Attributes:
+        resize: an integer is the new length of the shorter side, [height, width] is the new size.
+        crop: side, or [height, width], of what is cut from the middle.
+        interpolation: of `resize`.
+        channels: "RGB", "BGR", or "L" for one channel of grey.
+        scale: factor on pixel values 0 to 255.
+        mean: in units after scaling; a number, or one per channel in the order of the result.
+        std: likewise; not zero.
         layout: "NCHW" or "NHWC".
+        dtype: "float32", or "uint8" for networks that take pixels: no scale, mean and std then.
     """
 
     resize: int | tuple[int, int] | None = None
-    crop: int | None = None
-    mean: tuple[float, ...] = (0.0,)
-    std: tuple[float, ...] = (1.0,)
+    crop: int | tuple[int, int] | None = None
+    interpolation: Interpolation = "bilinear"
+    channels: Channels = "RGB"
     scale: float = 1 / 255
-    channels: str = "RGB"
-    layout: str = "NCHW"
+    mean: float | tuple[float, ...] = 0.0
+    std: float | tuple[float, ...] = 1.0
+    layout: Layout = "NCHW"
+    dtype: PixelType = "float32"
 
-    def images(self, pixels: NDArray[Any]) -> NDArray[np.float32]:
-        """Images (N, H, W, C) or (N, H, W) with values 0 to 255, as input of the network. Floats pass through: they are taken as preprocessed.
+    def __post_init__(self) -> None:
+        count = 1 if self.channels == "L" else 3
+        for name, value in (("mean", self.mean), ("std", self.std)):
+            if isinstance(value, tuple) and len(value) not in (1, count):
+                raise DataError(f"{name} has {len(value)} values for {count} channels", hint="give one per channel")
+        if self.scale == 0 or np.any(np.asarray(self.std) == 0):
+            raise DataError("scale and std must not be zero", hint="leave them out where they are not needed")
+        if self.dtype == "uint8" and (self.scale, self.mean, self.std) != (1 / 255, 0.0, 1.0):
+            raise DataError("pixels of dtype uint8 take no scale, mean or std", hint="leave these or the dtype out")
+
+    def apply(self, images: Iterable[tuple[str, Image]]) -> NDArray[np.float32] | NDArray[np.uint8]:
+        """One batch: named images to (N, C, H, W), or (N, H, W, C).
 
         Raises:
-            DataError: the number of channels does not fit mean and std.
+            DataError: an image is too small for the crop, has 16 bits, or ends up with another size than the first.
         """
-        if pixels.dtype != np.uint8:
-            return pixels.astype(np.float32, copy=False)
-        if self.resize is not None or self.crop is not None:
-            from PIL import Image
+        first_name, pixels = "", []
+        for name, image in images:
+            pixels.append(self._pixels(image, name))
+            first_name = first_name or name
+            if pixels[-1].shape != pixels[0].shape:
+                raise DataError(
+                    f"{name} is {_size(pixels[-1])} where {first_name} is {_size(pixels[0])}: one batch needs one size",
+                    hint="give --preprocess with a resize and a crop",
+                )
+        batch = np.stack(pixels)
+        if self.dtype == "uint8":
+            return self._laid_out(batch)
+        scaled = batch.astype(np.float32) * np.float32(self.scale)
+        standardised = (scaled - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+        return self._laid_out(standardised)
 
-            pixels = np.stack([np.asarray(self._cut(Image.fromarray(p))) for p in pixels])
-        x = pixels[..., None] if pixels.ndim == 3 else pixels
-        if self.channels == "BGR":
-            x = x[..., ::-1]
-        if len(self.mean) not in {1, x.shape[-1]} or len(self.std) not in {1, x.shape[-1]}:
-            raise DataError(
-                f"images have {x.shape[-1]} channels, mean and std {len(self.mean)} and {len(self.std)}",
-                hint="correct --preprocess",
-            )
-        y = (x.astype(np.float32) * np.float32(self.scale) - np.float32(self.mean)) / np.float32(self.std)
-        return np.ascontiguousarray(y.transpose(0, 3, 1, 2) if self.layout == "NCHW" else y)
+    def apply_to_array(
+        self, images: NDArray[np.uint8], indices: Iterable[int]
+    ) -> NDArray[np.float32] | NDArray[np.uint8]:
+        """The same for uint8 images (N, H, W, C), with one, three or four channels, or (N, H, W).
 
-    def image(self, picture: Image) -> NDArray[np.uint8]:
-        """A decoded picture, resized and cropped, as (H, W, C)."""
-        converted = self._cut(picture.convert("L" if self.channels == "L" else "RGB"))
-        pixels = np.asarray(converted)
-        return pixels[..., None] if pixels.ndim == 2 else pixels
+        `indices` number the images in errors.
 
-    def _cut(self, picture: Image) -> Image:
+        Raises:
+            DataError: see :meth:`apply`.
+        """
+        from PIL import Image
+
+        def pictures() -> Iterable[tuple[str, Image.Image]]:
+            for index, image in zip(indices, images, strict=True):
+                yield f"image {index}", Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
+
+        return self.apply(pictures())
+
+    def _pixels(self, image: Image, name: str) -> NDArray[np.uint8]:
+        """One image to (H, W, C)."""
+        if image.mode.startswith(("I", "F")):
+            raise DataError(f"{name} has more than 8 bits per pixel (mode {image.mode})", hint="convert it to 8 bits")
+        image = image.convert("L" if self.channels == "L" else "RGB")
+        if self.resize is not None:
+            image = self._resized(image, self.resize)
+        pixels: NDArray[np.uint8] = np.asarray(image)
+        if self.crop is not None:
+            pixels = _centre(pixels, self.crop, name)
+        if self.channels == "L":
+            return pixels[..., None]
+        return pixels[..., ::-1] if self.channels == "BGR" else pixels
+
+    def _resized(self, image: Image, size: int | tuple[int, int]) -> Image:
         from PIL.Image import Resampling
 
-        if self.resize is not None:
-            if isinstance(self.resize, int):
-                factor = self.resize / min(picture.size)
-                size = (round(picture.width * factor), round(picture.height * factor))
-            else:
-                size = (self.resize[1], self.resize[0])
-            picture = picture.resize(size, Resampling.BILINEAR)
-        if self.crop is not None:
-            if min(picture.size) < self.crop:
-                raise DataError(
-                    f"an image of {picture.size[0]}x{picture.size[1]} is smaller than the crop {self.crop}",
-                    hint="resize first",
-                )
-            left, top = (picture.width - self.crop) // 2, (picture.height - self.crop) // 2
-            picture = picture.crop((left, top, left + self.crop, top + self.crop))
-        return picture
+        height, width = size if isinstance(size, tuple) else _shorter_side(image.height, image.width, size)
+        if (height, width) == (image.height, image.width):
+            return image
+        return image.resize((width, height), Resampling[self.interpolation.upper()])
+
+    def _laid_out(self, batch: NDArray[Any]) -> NDArray[Any]:
+        return np.ascontiguousarray(batch if self.layout == "NHWC" else batch.transpose(0, 3, 1, 2))
 
 
-def load_preprocess(path: Path) -> Preprocess:
-    """Read a preprocessing from JSON.
+def are_images(array: NDArray[Any]) -> bool:
+    """Whether an array is taken for images: uint8 of shape (N, H, W), or (N, H, W, C) with C of 1, 3 or 4."""
+    return array.dtype == np.uint8 and (array.ndim == 3 or (array.ndim == 4 and array.shape[3] in (1, 3, 4)))
+
+
+def load_preprocess(path: str | Path) -> Preprocess:
+    """Read a file such as `{"resize": 256, "crop": 224, "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]}`.
 
     Raises:
-        DataError: the file cannot be read, has an unknown key, or a value of the wrong kind.
+        DataError: the file is missing or not JSON, a key is unknown, or a value is not of its kind.
     """
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path} cannot be read: {error}",
-            hint='it is JSON: {"resize": 256, "crop": 224, "mean": [...], "std": [...]}',
-        ) from error
-    known = [f.name for f in fields(Preprocess)]
-    if not isinstance(document, dict):
-        raise DataError(f"{path} is not a JSON object", hint=f"its keys are {', '.join(known)}")
-    for key in document:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}", hint="--preprocess names a JSON file") from error
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: {error}", hint=f"for instance {EXAMPLE}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path} holds no object", hint=f"for instance {EXAMPLE}")
+    return parse_preprocess(content, str(path))
+
+
+def parse_preprocess(content: Mapping[str, Any], source: str) -> Preprocess:
+    """Check keys and values; `source` is what to call them in errors.
+
+    Raises:
+        DataError: a key is unknown, or a value is not of its kind.
+    """
+    known = [field.name for field in fields(Preprocess)]
+    for key in content:
         if key not in known:
-            near = get_close_matches(key, known, n=1)
-            raise DataError(
-                f"{path}: unknown key {key!r}",
-                hint=f"did you mean {near[0]!r}?" if near else f"its keys are {', '.join(known)}",
-            )
+            near = difflib.get_close_matches(key, known, n=2, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"the keys are {', '.join(known)}"
+            raise DataError(f"{source}: unknown key {key!r}", hint=hint)
+    values = {}
+    for key, value in content.items():
+        what, parse = _KINDS[key]
+        try:
+            values[key] = parse(value)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{source}: {key} is {json.dumps(value)}", hint=f"it should be {what}") from error
     try:
-        return _checked(document)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{path}: {error}", hint=f"its keys are {', '.join(known)}") from error
+        return Preprocess(**values)
+    except DataError as error:
+        raise DataError(f"{source}: {error.message}", hint=error.hint) from error
 
 
-def _checked(document: dict[str, Any]) -> Preprocess:
-    given = dict(document)
-    for key in ("mean", "std"):
-        if key in given:
-            value = given[key]
-            given[key] = tuple(float(v) for v in (value if isinstance(value, list) else [value]))
-    if any(v == 0 for v in given.get("std", ())):
-        raise ValueError("std is 0")
-    resize = given.get("resize")
-    if resize is not None:
-        given["resize"] = int(resize) if isinstance(resize, (int, float)) else (int(resize[0]), int(resize[1]))
-    if given.get("crop") is not None:
-        given["crop"] = int(given["crop"])
-    for key, allowed in (("channels", {"RGB", "BGR", "L"}), ("layout", {"NCHW", "NHWC"})):
-        if key in given and given[key] not in allowed:
-            raise ValueError(f"{key} is {given[key]!r}, not one of {', '.join(sorted(allowed))}")
-    return Preprocess(**given)
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError
+    return float(value)
+
+
+def _numbers(value: Any) -> float | tuple[float, ...]:
+    return tuple(map(_number, value)) if isinstance(value, list) else _number(value)
+
+
+def _side(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError
+    return value
+
+
+def _sides(value: Any) -> int | tuple[int, int] | None:
+    if isinstance(value, list):
+        height, width = map(_side, value)
+        return height, width
+    return None if value is None else _side(value)
+
+
+def _one_of(choices: tuple[str, ...]) -> tuple[str, Callable[[Any], str]]:
+    def parse(value: Any) -> str:
+        if value not in choices:
+            raise ValueError
+        return str(value)
+
+    return f"one of {', '.join(choices)}", parse
+
+
+_LENGTH = ("a positive integer or [height, width]", _sides)
+_KINDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "resize": _LENGTH,
+    "crop": _LENGTH,
+    "interpolation": _one_of(get_args(Interpolation)),
+    "channels": _one_of(get_args(Channels)),
+    "scale": ("a number", _number),
+    "mean": ("a number or a list with one per channel", _numbers),
+    "std": ("a number or a list with one per channel", _numbers),
+    "layout": _one_of(get_args(Layout)),
+    "dtype": _one_of(get_args(PixelType)),
+}
+
+
+def _shorter_side(height: int, width: int, length: int) -> tuple[int, int]:
+    """The size with that shorter side and the same proportions; the longer side is rounded down, as torchvision does."""
+    if height <= width:
+        return length, int(length * width / height)
+    return int(length * height / width), length
+
+
+def _centre(pixels: NDArray[np.uint8], size: int | tuple[int, int], name: str) -> NDArray[np.uint8]:
+    height, width = (size, size) if isinstance(size, int) else size
+    spare_height, spare_width = pixels.shape[0] - height, pixels.shape[1] - width
+    if spare_height < 0 or spare_width < 0:
+        raise DataError(f"{name} is {_size(pixels)}, smaller than the crop of {height}x{width}", hint="resize it first")
+    top, left = round(spare_height / 2), round(spare_width / 2)
+    return pixels[top : top + height, left : left + width]
+
+
+def _size(pixels: NDArray[np.uint8]) -> str:
+    return f"{pixels.shape[0]}x{pixels.shape[1]}"

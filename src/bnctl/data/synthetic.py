@@ -1,105 +1,149 @@
-"""Inputs by shape: `--input` words, and `random:N`."""
+"""Synthetic data: shapes from `--input`, values from a random generator."""
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from bnctl.data.batches import Batch
-from bnctl.errors import DataError, UsageError
+from bnctl.data.batches import Batch, CountedBatches, batch_count, slices
+from bnctl.errors import UsageError
 
-_WORD = re.compile(r"(?:(?P<name>[^:]+):)?(?P<shape>\d+(?:x\d+)*)(?::(?P<dtype>\w+))?")
+_INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
+DTYPES = ("float16", "bfloat16", "float32", "float64", *_INTEGERS, "bool")
+
+_EXAMPLES = "for instance 1x3x224x224, image:1x3x32x32 or tokens:1x128:int64"
+_SHAPE = re.compile(r"\d+(x\d+)*")
 
 
 @dataclass(frozen=True)
 class InputSpec:
-    """Shape, name and dtype of one input; without a name it is positional."""
+    """An example input of a model.
+
+    Attributes:
+        shape: sizes of all axes; axis 0 counts samples.
+        name: of the input; None: by position.
+        dtype: name of the element type, one of `DTYPES`.
+
+    Raises:
+        UsageError: a size is not positive, or the type is unknown.
+    """
 
     shape: tuple[int, ...]
     name: str | None = None
     dtype: str = "float32"
 
+    def __post_init__(self) -> None:
+        if any(size < 1 for size in self.shape):
+            raise UsageError(f"input {self}: sizes must be positive", hint=_EXAMPLES)
+        if self.dtype not in DTYPES:
+            near = difflib.get_close_matches(self.dtype, DTYPES) or DTYPES
+            raise UsageError(f"input {self}: unknown type {self.dtype}", hint=f"one of {', '.join(near)}")
 
-def parse_input(word: str) -> InputSpec:
-    """Parse ``1x3x224x224`` or ``name:1x3x32x32:float32``.
-
-    Raises:
-        UsageError: it is of another form, a size is 0, or the dtype is unknown.
-    """
-    match = _WORD.fullmatch(word.strip())
-    hint = "for example --input 1x3x224x224, or --input mask:1x128:int64"
-    if match is None:
-        raise UsageError(f"--input {word!r} is not a shape", hint=hint)
-    shape = tuple(int(n) for n in match["shape"].split("x"))
-    dtype = match["dtype"] or "float32"
-    if 0 in shape:
-        raise UsageError(f"--input {word!r} has an axis of size 0", hint=hint)
-    try:
-        kind = np.dtype(dtype).kind
-    except TypeError:
-        kind = ""
-    if kind not in set("iufb"):
-        raise UsageError(
-            f"--input {word!r}: unknown dtype {dtype!r}", hint="float32, float64, float16, int64, int32, uint8, bool"
-        )
-    return InputSpec(shape, match["name"], dtype)
+    def __str__(self) -> str:
+        name = "" if self.name is None else f"{self.name}:"
+        return f"{name}{'x'.join(map(str, self.shape))}:{self.dtype}"
 
 
-def random_batch(inputs: Iterable[InputSpec], *, seed: int = 0, size: int | None = None) -> Batch:
-    """One batch: standard normal floats, whole numbers 0 or 1, seeded.
-
-    Args:
-        inputs: what the model takes.
-        seed: of the generator.
-        size: replaces the first axis of every input.
-    """
-    generator = np.random.default_rng(seed)
-    args, kwargs = [], {}
-    for spec in inputs:
-        shape = spec.shape if size is None else (size, *spec.shape[1:])
-        dtype = np.dtype(spec.dtype)
-        drawn = generator.standard_normal(shape) if dtype.kind == "f" else generator.integers(0, 2, shape)
-        if spec.name is None:
-            args.append(drawn.astype(dtype))
-        else:
-            kwargs[spec.name] = drawn.astype(dtype)
-    return Batch(tuple(args), kwargs)
-
-
-@dataclass(frozen=True)
-class RandomData:
-    """N synthetic samples; the same on every pass."""
-
-    samples: int
-    inputs: Sequence[InputSpec]
-    batch_size: int
-    seed: int = 0
-
-    def __len__(self) -> int:
-        return -(-self.samples // self.batch_size)
-
-    def __iter__(self) -> Iterator[Batch]:
-        for number, start in enumerate(range(0, self.samples, self.batch_size)):
-            size = min(self.batch_size, self.samples - start)
-            yield random_batch(self.inputs, seed=self.seed + number, size=size)
-
-
-def open_random(
-    word: str, *, inputs: Sequence[InputSpec], batch_size: int, seed: int, limit: int | None = None
-) -> RandomData:
-    """``random:N``.
+def parse_input(text: str) -> InputSpec:
+    """Parse `[name:]1x3x224x224[:dtype]`. The name may hold colons itself.
 
     Raises:
-        DataError: N is no number above 0.
-        UsageError: there is no `--input` that gives the shape.
+        UsageError: there is no shape in it, a size is 0, or the type is unknown.
     """
-    count = word.partition(":")[2]
-    if not count.isdigit() or int(count) == 0:
-        raise DataError(f"--data {word}: how many samples?", hint="for example --data random:256")
-    if not inputs:
-        raise UsageError(f"--data {word} needs the shape of an input", hint="give --input 1x3x224x224")
-    samples = int(count) if limit is None else min(int(count), limit)
-    return RandomData(samples, tuple(inputs), batch_size, seed)
+    parts = text.strip().split(":")
+    if _SHAPE.fullmatch(parts[-1]):
+        *name, shape = parts
+        dtype = "float32"
+    elif len(parts) > 1 and _SHAPE.fullmatch(parts[-2]):
+        *name, shape, dtype = parts
+    else:
+        raise UsageError(f"--input {text}: no shape in it", hint=_EXAMPLES)
+    if name and not ":".join(name):
+        raise UsageError(f"--input {text}: the name is empty", hint=_EXAMPLES)
+    return InputSpec(tuple(map(int, shape.split("x"))), ":".join(name) or None, dtype)
+
+
+def random_batch(specs: Sequence[InputSpec], *, seed: int = 0) -> Batch:
+    """One batch of exactly these shapes; values as in :func:`random_batches`.
+
+    Raises:
+        UsageError: there are no inputs, or two have one name.
+    """
+    generators = _generators(_checked(specs), seed)
+    return _assembled(specs, [_draw(spec, spec.shape, g) for spec, g in zip(specs, generators, strict=True)])
+
+
+def random_batches(samples: int, specs: Sequence[InputSpec], *, batch_size: int = 32, seed: int = 0) -> CountedBatches:
+    """`samples` synthetic samples, the same for a seed on every pass and whatever the batch size.
+
+    Floats are standard normal; bool and integers are 0 or 1, which any embedding and any mask takes; uint8, most often pixels,
+    is uniform from 0 to 255. Inputs whose axis 0 has the size of the first input's are per sample; others keep their shape, and
+    are the same in every batch. No labels.
+
+    Raises:
+        UsageError: there are no inputs, two have one name, or `samples` is not positive.
+    """
+    _checked(specs)
+    if samples < 1:
+        raise UsageError(f"random:{samples} holds no samples", hint="for instance random:256")
+
+    def read() -> Iterator[Batch]:
+        generators = _generators(specs, seed)
+        fixed = [_draw(spec, spec.shape, g) for spec, g in zip(specs, _generators(specs, seed), strict=True)]
+        for step in slices(samples, batch_size):
+            size = step.stop - step.start
+            yield _assembled(
+                specs,
+                [
+                    _draw(spec, (size, *spec.shape[1:]), g) if spec.shape[:1] == specs[0].shape[:1] else value
+                    for spec, g, value in zip(specs, generators, fixed, strict=True)
+                ],
+            )
+
+    return CountedBatches(read, batch_count(samples, batch_size))
+
+
+def _checked(specs: Sequence[InputSpec]) -> Sequence[InputSpec]:
+    if not specs:
+        raise UsageError("random data need the shapes of the inputs", hint=f"give --input, {_EXAMPLES}")
+    names = [spec.name for spec in specs if spec.name is not None]
+    if len(set(names)) < len(names):
+        raise UsageError(f"two inputs have one name: {', '.join(names)}", hint="name each input once")
+    return specs
+
+
+def _generators(specs: Sequence[InputSpec], seed: int) -> list[np.random.Generator]:
+    """One per input, so that the samples do not depend on how they are cut into batches."""
+    return [np.random.default_rng([seed, index]) for index in range(len(specs))]
+
+
+def _assembled(specs: Sequence[InputSpec], values: Sequence[NDArray[Any]]) -> Batch:
+    pairs = list(zip(specs, values, strict=True))
+    return Batch(
+        tuple(value for spec, value in pairs if spec.name is None),
+        {spec.name: value for spec, value in pairs if spec.name is not None},
+    )
+
+
+def _draw(spec: InputSpec, shape: tuple[int, ...], generator: np.random.Generator) -> NDArray[Any]:
+    # Drawn as 64-bit numbers and cast: narrower draws depend on how they are grouped.
+    if "float" in spec.dtype:
+        values: NDArray[Any] = generator.standard_normal(shape)
+    else:
+        values = generator.integers(0, 256 if spec.dtype == "uint8" else 2, shape)
+    return values.astype(_numpy_dtype(spec.dtype))
+
+
+def _numpy_dtype(name: str) -> np.dtype[Any]:
+    if name != "bfloat16":
+        return np.dtype(name)
+    import ml_dtypes
+
+    dtype: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    return dtype

@@ -12,8 +12,8 @@ from bnctl.engines.onnx.constants import Constants
 
 Vector = NDArray[np.float64]
 
-EPSILON = float(np.float32(1e-5))
-"""The operator's default; attributes are float32."""
+EPSILON = 1e-5
+"""The operator's default. Like all attributes it is a float32, also where a model in memory holds a double."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,4 +33,4 @@ class Statistics:
         if any(a is None for a in arrays):
             return None
         gamma, beta, mean, var = (np.asarray(a, np.float64) for a in arrays)
-        return cls(gamma, beta, mean, var, float(node.attributes.get_float("epsilon", EPSILON)))
+        return cls(gamma, beta, mean, var, float(np.float32(node.attributes.get_float("epsilon", EPSILON))))

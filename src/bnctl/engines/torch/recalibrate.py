@@ -1,9 +1,9 @@
 """Recalibration: running statistics of normalisation layers, taken anew from data.
 
 Both methods give each site the mean and the population variance (divided by n) over all samples, positions and calls. ``torch`` trains with the unbiased
-variance of one batch, as an estimate from few values. Here n is the number of values over *all* data, and the spread of the batches' means is part of the
-sum, so the correction would be n/(n-1): 1.00002 for 1,000 samples of an 8x8 map. Without it the layer's output over these very data has variance 1 (but for eps),
-and that is what `self_consistency` checks.
+variance of one batch, as an estimate from few values. Here n counts the values over *all* data, and the spread of the batches' means is part of the
+sum, so the correction would be n/(n-1): 1.00002 for 1,000 samples of an 8x8 map. Without it the layer's output over these very data has
+variance 1 (but for eps), and that is what `self_consistency` checks.
 """
 
 from __future__ import annotations
@@ -21,18 +21,16 @@ from bnctl.engines.torch.recalibration.memory import DEFAULT_SHARE, LiveStorages
 from bnctl.engines.torch.recalibration.operators import NormCall
 from bnctl.engines.torch.recalibration.schedules import (
     Round,
-    as_it_is,
     lockstep,
+    measure,
     pass_per_site,
+    pass_with_own_batches,
     solve,
-    whole_pass,
-    with_own_batch,
 )
 from bnctl.engines.torch.recalibration.sites import Site, SiteTable, frozen_on_purpose
 from bnctl.engines.torch.recalibration.statistics import CODES, NOT_CONVERGED, SiteStatistics, count_dead, drift
 from bnctl.engines.torch.recalibration.workbench import Feed, Tally, Workbench, copied
 from bnctl.errors import ModelError, UsageError
-from bnctl.numerics.moments import Moments
 from bnctl.selection import Selection
 
 if TYPE_CHECKING:
@@ -103,13 +101,12 @@ def recalibrate(
         if method == "exact":
             tally, moving = solve(_exact_round(bench, selection, memory_bytes))
         else:
-            for site, moments in whole_pass(bench, with_own_batch, "gather").moments.items():
+            gathered = pass_with_own_batches(bench)
+            _check_sites(bench, selection)
+            for site, moments in gathered.moments.items():
                 if moments.count:
                     site.store(moments)
-            tally = whole_pass(bench, as_it_is, "measure")
-    if not bench.sites.names():
-        raise _no_normalisation(model)
-    selection.check(bench.sites.names())
+            tally = measure(bench)
     return _with_statistics(model, tally), _report(bench, tally, moving), bench.samples or 0
 
 
@@ -142,9 +139,7 @@ def _exact_round(bench: Workbench, selection: Selection, memory_bytes: int | Non
     for feed in bench.feeds():
         if not feeds:
             per_sample = _paused_bytes(bench, feed) / max(feed.size, 1)
-            if not bench.sites.names():
-                break
-            selection.check(bench.sites.names())
+            _check_sites(bench, selection)
         feeds.append(feed)
         need += per_sample * max(feed.size, 1)
         if need > budget or len(feeds) > MAX_STRANDS:
@@ -160,11 +155,11 @@ def _paused_bytes(bench: Workbench, feed: Feed) -> int:
     live = LiveStorages(feed.tensors())
     most = 0
 
-    def look(site: Site, call: NormCall, moments: Moments) -> None:
+    def look(site: Site, call: NormCall) -> None:
         nonlocal most
         most = max(most, live.size_bytes())
 
-    bench.run(feed, look, Tally(), live)
+    bench.run(feed, look, live)
     return most
 
 
@@ -209,11 +204,14 @@ def _keeping_random_state(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _no_normalisation(model: nn.Module) -> ModelError:
-    return ModelError(
-        f"{type(model).__name__} has no normalisation with running statistics",
-        hint="if it was folded, recalibrate the model from before; else insert normalisation first (bnctl insert)",
-    )
+def _check_sites(bench: Workbench, selection: Selection) -> None:
+    names = bench.sites.names()
+    if not names:
+        raise ModelError(
+            f"{type(bench.model).__name__} has no normalisation with running statistics",
+            hint="if it was folded, recalibrate the model from before; else insert normalisation first (bnctl insert)",
+        )
+    selection.check(names)
 
 
 def _silent(what: str, done: int, total: int | None) -> None:

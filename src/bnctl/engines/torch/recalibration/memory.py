@@ -23,7 +23,7 @@ class LiveStorages(TorchDispatchMode):
     """
 
     def __init__(self, inputs: list[torch.Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
         self._add(inputs)
 

@@ -101,7 +101,7 @@ def read_call(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
 
 class _NormMode(TorchDispatchMode):
     def __init__(self, on_norm: OnNorm) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._on_norm = on_norm
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -6,13 +6,14 @@ Every schedule returns the moments of all sites' inputs, over all calls, under t
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from bnctl.engines.torch.recalibration.operators import NormCall
 from bnctl.engines.torch.recalibration.sites import Site
 from bnctl.engines.torch.recalibration.strand import Strand
-from bnctl.engines.torch.recalibration.workbench import Feed, OnSite, Tally, Workbench
+from bnctl.engines.torch.recalibration.workbench import Feed, Tally, Workbench, gather
 from bnctl.errors import DataError
 from bnctl.numerics.moments import Moments
 
@@ -23,39 +24,49 @@ Round = Callable[[Collection[Site], Settled], Tally]
 """Takes the sites to leave as they are, fills in those that it settled, and returns what all saw."""
 
 
-def as_it_is(site: Site, call: NormCall, moments: Moments) -> None:
-    """Let the operator normalise with the statistics in force."""
-
-
-def with_own_batch(site: Site, call: NormCall, moments: Moments) -> Any:
-    """Normalise with the statistics of this call.
-
-    Raises:
-        DataError: there is one value per channel, from which nothing would be left.
-    """
-    if moments.count == 1:
-        raise DataError(
-            f"{site.name} sees one value per channel in a batch, which has no variance",
-            hint="use the exact method, which pools all batches, or a larger batch size",
-        )
-    return call.with_own_statistics() if moments.count else None
-
-
-def whole_pass(bench: Workbench, on_site: OnSite, what: str) -> Tally:
-    """Every batch once, one after the other."""
+def measure(bench: Workbench) -> Tally:
+    """One pass with the statistics in force."""
     tally = Tally()
     for feed in bench.feeds():
-        bench.run(feed, on_site, tally)
-        bench.progress(what, feed.index + 1, None)
+        bench.run(feed, partial(_look, tally, feed))
+        bench.progress("measure", feed.index + 1, None)
     return tally
+
+
+def pass_with_own_batches(bench: Workbench) -> Tally:
+    """One pass in which every site normalises with the statistics of the very call.
+
+    Raises:
+        DataError: a call has one value per channel, from which normalisation would leave nothing.
+    """
+    tally = Tally()
+
+    def normalise(feed: Feed, site: Site, call: NormCall) -> Any:
+        count = gather(tally, feed, site, call).count
+        if count == 1:
+            raise DataError(
+                f"batch {feed.index}: {site.name} sees one value per channel, which has no variance",
+                hint="use the exact method, which pools all batches, or a larger batch size",
+            )
+        return call.with_own_statistics() if count else None
+
+    for feed in bench.feeds():
+        bench.run(feed, partial(normalise, feed))
+        bench.progress("gather", feed.index + 1, None)
+    return tally
+
+
+def _look(tally: Tally, feed: Feed, site: Site, call: NormCall) -> None:
+    gather(tally, feed, site, call)
 
 
 def pass_per_site(bench: Workbench, fixed: Collection[Site], settled: Settled) -> Tally:
     """One pass for each site: forwards end at the first site that is not settled yet, and the one that was reached first is
-    settled. Needs no more memory than one forward; costs about half a pass per site, and two."""
+    settled. Needs no more memory than one forward; costs about half a pass per site, and two.
+    """
     while arrived := _stop_at_first(bench, {*fixed, *settled}):
         _settle(bench, *arrived, settled)
-    return whole_pass(bench, as_it_is, "measure")
+    return measure(bench)
 
 
 class _Reached(BaseException):
@@ -65,16 +76,14 @@ class _Reached(BaseException):
 def _stop_at_first(bench: Workbench, known: Collection[Site]) -> tuple[Site, Moments] | None:
     reached = Tally()
 
-    def stop(site: Site, call: NormCall, moments: Moments) -> None:
+    def stop(feed: Feed, site: Site, call: NormCall) -> None:
         if site not in known:
-            reached.add(site, moments, between=not call.per_instance)
+            gather(reached, feed, site, call)
             raise _Reached
 
     for feed in bench.feeds():
-        try:
-            bench.run(feed, stop, Tally())
-        except _Reached:
-            pass
+        with suppress(_Reached):
+            bench.run(feed, partial(stop, feed))
     return next(iter(reached.moments.items()), None)
 
 
@@ -88,11 +97,12 @@ def lockstep(bench: Workbench, feeds: list[Feed], fixed: Collection[Site], settl
     tally = Tally()
 
     def forward(feed: Feed, pause: Callable[[Site], None]) -> None:
-        def wait(site: Site, call: NormCall, moments: Moments) -> None:
+        def wait(site: Site, call: NormCall) -> None:
+            gather(tally, feed, site, call)
             if site not in settled and site not in fixed:
                 pause(site)
 
-        bench.run(feed, wait, tally, model=bench.twin())
+        bench.run(feed, wait, model=bench.twin())
 
     strands = [Strand[Site](partial(forward, feed), f"batch {feed.index}") for feed in feeds]
     try:
@@ -138,9 +148,10 @@ def solve(round_: Round, *, tolerance: float = 1e-6, max_rounds: int = 30) -> tu
         settled: Settled = {}
         tally = round_(recurrent, settled)
         recurrent |= {site for site, moments in settled.items() if tally.moments[site].count > moments.count}
-        moving = {site for site in recurrent if not site.agrees(tally.moments[site], tolerance)}
+        produced = {site: moments for site, moments in tally.moments.items() if site in recurrent and moments.count}
+        moving = {site for site, moments in produced.items() if not site.agrees(moments, tolerance)}
         if not moving or number == max_rounds:
             break
-        for site in recurrent:
-            site.store(tally.moments[site])
+        for site, moments in produced.items():
+            site.store(moments)
     return tally, moving

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -52,8 +53,8 @@ class Tally:
         self.calls[site] = self.calls.get(site, 0) + 1
 
 
-OnSite = Callable[[Site, NormCall, Moments], Any]
-"""Called at each site with the moments of its input; a result other than None takes the place of the operator's."""
+OnSite = Callable[[Site, NormCall], Any]
+"""Called at each site; a result other than None takes the place of the operator's."""
 
 
 @dataclass(eq=False)
@@ -110,39 +111,29 @@ class Workbench:
         its modules is then its own."""
         return copied(self.model, shared=(*self.model.parameters(), *self.model.buffers()))
 
-    def run(
-        self, feed: Feed, on_site: OnSite, tally: Tally, *modes: TorchDispatchMode, model: nn.Module | None = None
-    ) -> None:
+    def run(self, feed: Feed, on_site: OnSite, *modes: TorchDispatchMode, model: nn.Module | None = None) -> None:
         """One forward pass in the calling thread.
 
         Args:
             feed: the batch.
             on_site: called at every site.
-            tally: takes the moments of all sites' inputs, before `on_site` is called.
             modes: further dispatch modes; they see calls after the interception.
             model: instead of the working copy, its twin.
 
         Raises:
-            DataError: the model fails on the batch, or a site's input is not finite.
+            DataError: the model fails on the batch.
         """
 
         def on_norm(call: NormCall) -> Any:
             site = self.sites.find(call)
-            if site is None:
-                # in training the operator would also write to the statistics, which the other passes rely on
-                return call.with_own_statistics() if call.training else None
-            moments = activation_moments(call.x, per_instance=call.per_instance)
-            if not _finite(moments):
-                raise DataError(
-                    f"batch {feed.index}: the input of {site.name} holds NaN or infinity",
-                    hint="the batch itself is finite: an activation before this layer overflows; try float32, or check the preprocessing",
-                )
-            tally.add(site, moments, between=not call.per_instance)
-            return on_site(site, call, moments)
+            if site is not None:
+                return on_site(site, call)
+            # in training the operator would also write to the statistics, which the other passes rely on
+            return call.with_own_statistics() if call.training else None
 
         try:
             with inference(*modes, intercepting(on_norm)):
-                (model or self.model)(*feed.args, **feed.kwargs)
+                (self.model if model is None else model)(*feed.args, **feed.kwargs)
         except BnctlError:
             raise
         except Exception as error:
@@ -150,6 +141,22 @@ class Workbench:
                 f"batch {feed.index} does not run through the model: {type(error).__name__}: {error}",
                 hint="check shape, dtype and preprocessing of the data against what the model's forward takes",
             ) from error
+
+
+def gather(tally: Tally, feed: Feed, site: Site, call: NormCall) -> Moments:
+    """Moments of the call's input, which the tally takes too.
+
+    Raises:
+        DataError: the input is not finite.
+    """
+    moments = activation_moments(call.x, per_instance=call.per_instance)
+    if not (np.isfinite(moments.mean).all() and np.isfinite(moments.m2).all()):
+        raise DataError(
+            f"batch {feed.index}: the input of {site.name} holds NaN or infinity",
+            hint="the batch itself is finite: an operator before this layer overflows; try float32, or check the preprocessing",
+        )
+    tally.add(site, moments, between=not call.per_instance)
+    return moments
 
 
 def copied(model: nn.Module, shared: Iterable[torch.Tensor] = ()) -> nn.Module:
@@ -168,9 +175,3 @@ def copied(model: nn.Module, shared: Iterable[torch.Tensor] = ()) -> nn.Module:
             f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}",
             hint="remove computed tensors from module attributes (torch.nn.utils.remove_weight_norm) or detach them",
         ) from error
-
-
-def _finite(moments: Moments) -> bool:
-    import numpy as np
-
-    return bool(np.isfinite(moments.mean).all() and np.isfinite(moments.m2).all())
