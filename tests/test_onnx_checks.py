@@ -183,6 +183,20 @@ def count(model: ir.Model, op_type: str) -> int:
     return sum(node.op_type == op_type for node in model.graph)
 
 
+def all_folded(net: Net, *outputs: str, tolerance: float = 2e-5, check: bool = True) -> ir.Model:
+    folded, found = fold_and_check(net.model(*outputs), tolerance, check=check)
+    assert found and set(found.values()) == {None}, found
+    assert count(folded, "BatchNormalization") == 0
+    return folded
+
+
+def left(net: Net, code: str, *outputs: str) -> ir.Model:
+    folded, found = fold_and_check(net.model(*outputs))
+    assert set(found.values()) == {code}, found
+    assert count(folded, "BatchNormalization") == len(found)
+    return folded
+
+
 # The controls: a comparison that never fails proves nothing.
 
 

@@ -77,7 +77,8 @@ def call_factory(call: Callable[..., Any], args: Mapping[str, Any], name: str) -
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
-    """Load a weight file into `module`, strictly: every tensor must be there, with its shape, and no other.
+    """Load a weight file into `module`, strictly: every tensor must be there, with its shape, and no other; only
+    BatchNorm's batch counters may be missing.
 
     A `.safetensors` file, or a pickle of tensors (`.pt`, `.pth`) that loads with `weights_only=True`: a state dict, or a checkpoint with
     one under `state_dict`. Values are cast to the dtype of the module's own tensors.
@@ -86,12 +87,18 @@ def load_weights(module: nn.Module, path: Path) -> None:
         UntrustedError: the pickle needs code to load.
         ModelError: the file is damaged, holds no state dict, or does not fit.
     """
-    state = read_state_dict(path)
+    state = _with_counters(module, read_state_dict(path))
     check_fit(module, state, str(path))
     try:
         module.load_state_dict(dict(state))
     except RuntimeError as error:
         raise ModelError(f"{path} does not load: {_cause(error)}") from error
+
+
+def _with_counters(module: nn.Module, state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """Add the batch counters that weights from before torch 0.4.1, and from other frameworks, do not have; inference never reads them."""
+    counters = {name: value for name, value in module.state_dict().items() if name.endswith("num_batches_tracked")}
+    return {**counters, **state}
 
 
 def read_state_dict(path: Path) -> Mapping[str, torch.Tensor]:

@@ -55,9 +55,9 @@ def _(op: ops.LinearOp, node: Node, graph: Graph, output: int, m: AffineMap) -> 
 @backward.register
 def _(op: ops.Affine, node: Node, graph: Graph, output: int, m: AffineMap) -> Move:
     # A normalisation layer that stays takes a later affine into gamma and beta; past any other, the affine is moved.
-    slots = (node.weight, node.bias)
-    if all(slot is not None and slot.shape is not None and slot.obstacle is None for slot in slots):
-        vectors = m.vectors(op.axis, node.weight.shape[0])
+    gamma, beta = node.weight, node.bias
+    if gamma is not None and gamma.shape is not None and beta is not None and not (gamma.obstacle or beta.obstacle):
+        vectors = m.vectors(op.axis, gamma.shape[0])
         if vectors is not None:
             return Absorb("output", *vectors)
     moved = m.conjugate(op.map)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from bnctl.engines.onnx.editor import Editor
 from bnctl.engines.onnx.lift import Lifted
+from bnctl.engines.onnx.translated import Place
+from bnctl.graph.graph import Slot
 from bnctl.plan.fold import Edit, FoldPlan
 from bnctl.plan.parameters import new_parameters
 
@@ -35,29 +40,26 @@ def apply_fold(lifted: Lifted, plan: FoldPlan) -> ir.Model:
 def _carry_out(edit: Edit, lifted: Lifted, editor: Editor) -> None:
     node = edit.node
     assert node.weight is not None
-    weight_place, bias_place = (
-        lifted.places[node.weight.key],
-        None if node.bias is None else lifted.places[node.bias.key],
-    )
-    weight = lifted.constants.array(weight_place.value)
-    stored_bias = None if bias_place is None else lifted.constants.array(bias_place.value)
+    weight, place = _stored(lifted, node.weight)
+    bias, bias_place = (None, None) if node.bias is None else _stored(lifted, node.bias)
     assert weight is not None
-    old = np.asarray(weight, np.float64)
-    old_bias = None if stored_bias is None else np.asarray(stored_bias, np.float64)
+    old, old_bias = np.asarray(weight, np.float64), None if bias is None else np.asarray(bias, np.float64)
     new, new_bias = new_parameters(edit, old, old_bias)
-    dtype = ir.DataType.from_numpy(weight.dtype)
+    for native in lifted.natives[node.id][:-1]:  # a product to which the bias is still to be added
+        product = editor.twin(native).outputs[0]
+        editor.rename(product, editor.fresh(f"{product.name}_folded"))
     if not np.array_equal(new, old):
-        editor.write(node.layer, weight_place, new, dtype)
-        for native in lifted.natives[node.id][:-1]:  # a product to which the bias is still to be added
-            product = editor.twin(native).outputs[0]
-            editor.rename(product, editor.fresh(f"{product.name}_folded"))
-    if bias_place is None or (np.array_equal(new_bias, old_bias) if old_bias is not None else not np.any(new_bias)):
+        editor.write(node.layer, place, new, ir.DataType.from_numpy(weight.dtype))
+    if bias_place is None or np.array_equal(new_bias, np.zeros_like(new_bias) if old_bias is None else old_bias):
         return
-    editor.write(
-        node.layer, bias_place, new_bias, dtype if stored_bias is None else ir.DataType.from_numpy(stored_bias.dtype)
-    )
-    if old_bias is None and bias_place.node.op_type == "Gemm":  # without a C, beta had no meaning
+    editor.write(node.layer, bias_place, new_bias, ir.DataType.from_numpy(weight.dtype if bias is None else bias.dtype))
+    if bias is None and bias_place.node.op_type == "Gemm":  # without a C, beta had no meaning
         editor.twin(bias_place.node).attributes["beta"] = ir.AttrFloat32("beta", 1.0)
+
+
+def _stored(lifted: Lifted, slot: Slot) -> tuple[NDArray[Any] | None, Place]:
+    place = lifted.places[slot.key]
+    return lifted.constants.array(place.value), place
 
 
 def _rename(lifted: Lifted, plan: FoldPlan, editor: Editor) -> None:

@@ -144,9 +144,10 @@ def keeping_state(module: nn.Module) -> Iterator[None]:
         for part, plain, (parameters, buffers) in zip(parts, attributes, registered, strict=True):
             vars(part).clear()
             vars(part).update(plain)
-            for holder, before in ((part._parameters, parameters), (part._buffers, buffers)):
-                holder.clear()
-                holder.update(before)
+            part._parameters.clear()
+            part._parameters.update(parameters)
+            part._buffers.clear()
+            part._buffers.update(buffers)
         with torch.no_grad():
             for buffer, value in values:
                 buffer.copy_(value)

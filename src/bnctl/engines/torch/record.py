@@ -154,7 +154,7 @@ def _children(item: Any) -> Iterator[Any]:
 
 class _Recorder(TorchDispatchMode):
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
         self.trace = Trace(model)
         self.paths = {id(module): path for path, module in model.named_modules()}
         self.top = ModuleCall(model, None, None, [])

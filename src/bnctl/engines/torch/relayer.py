@@ -99,7 +99,7 @@ def _tensor(graph_module: fx.GraphModule, target: str) -> torch.Tensor:
 def _conv(tensors: dict[str, torch.Tensor | None], rest: list[Any], rank: int) -> nn.Module | None:
     weight = tensors["weight"]
     assert weight is not None
-    stride, padding, dilation, groups = [*rest, *[1, 0, 1, 1][len(rest) :]]
+    stride, padding, dilation, groups = rest + [1, 0, 1, 1][len(rest) :]
     kind = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[weight.ndim]
     return kind(
         weight.shape[1] * groups,
