@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -66,10 +68,8 @@ def outputs(model: nn.Module, args: Any, dtype: torch.dtype | None = None) -> li
         model = model.to(dtype)
         args = tree_map(lambda t: t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t, args)
     with torch.no_grad():
-        if len(args) == 1 and isinstance(args[0], dict):
-            result = model(**args[0])
-        else:
-            result = model(*args)
+        keywords = len(args) == 1 and isinstance(args[0], dict)
+        result = model(**args[0]) if keywords else model(*args)
     return [t.double() for t in tensors_in(result) if t.is_floating_point()]
 
 
@@ -81,6 +81,18 @@ def error(reference: list[Tensor], candidate: list[Tensor]) -> float:
         float((a - b).abs().max() / a.square().mean().sqrt().clamp_min(1e-30))
         for a, b in zip(reference, candidate, strict=True)
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fast() -> Iterator[None]:
+    """One thread for tiny networks; and a capture collects garbage, where what importing torch has left need not be looked through each time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+    torch.set_num_threads(threads)
 
 
 class Net(nn.Module):

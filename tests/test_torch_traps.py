@@ -25,6 +25,7 @@ from nets_traps import (
     LayerScale,
     Net,
     StdConv,
+    _fast,  # noqa: F401
     error,
     naive_fold,
     outputs,
@@ -446,7 +447,7 @@ def test_trap_15_overflow_is_refused() -> None:
     net = randomise(Net(lambda s, x: s.bn(s.c(x)), c=Conv(3, 4, 3), bn=BN(4)))
     net.c.to(torch.float16)
     net.bn.weight.data.fill_(1e7)
-    with pytest.raises(OverflowInFoldError, match="c: .*BN115"):
+    with pytest.raises(OverflowInFoldError, match=r"c: .*BN115"):
         bnctl.fold(net, image().half())
 
 

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from bnctl.errors import InputError, ModelError
 from bnctl.numerics.compare import ArrayError, Flips, compare, count_flips
 from bnctl.numerics.compare import tolerance as tolerance_of
-from bnctl.runtime.trace import Divergence, first_divergence
+from bnctl.runtime.trace import Divergence, first_divergence, last_layers
 
 if TYPE_CHECKING:
     from bnctl.data.batches import Batch
@@ -220,6 +220,8 @@ def compare_runners(
     reason = _reason(progress)
     if reason is None:
         return outcome(None, note=_noise_note(progress))
+    if reason == _NO_EVIDENCE and locate:
+        return outcome(*_look_inside(baseline, candidate, batch, limit))
     if progress.failed_on is None or not locate:
         return outcome(reason)
     return outcome(reason, *_locate(baseline, candidate, progress.failed_on, limit))
@@ -324,10 +326,35 @@ def _reason(progress: _Progress) -> str | None:
             detail = check.mismatch or f"relative error {check.max_rel:.3g}, tolerance {progress.limit:.3g}"
             return f"output {check.name!r} differs: {detail}"
     if not any(check.informative for check in progress.checks.values()):
-        return (
-            "every output of the baseline is zero, NaN, infinite or empty: agreement proves nothing; use other inputs"
-        )
+        return _NO_EVIDENCE
     return None
+
+
+_NO_EVIDENCE = (
+    "every output of the baseline is zero, NaN, infinite or empty: agreement proves nothing; use other inputs"
+)
+
+
+def _look_inside(
+    baseline: Runner, candidate: Runner, batch: Batch, limit: float
+) -> tuple[str | None, Divergence | None, str | None]:
+    """Reason, place and note where the outputs say nothing: the layers closest to them are compared instead, where both models have them."""
+    if baseline.kind != candidate.kind:
+        return _NO_EVIDENCE, None, None
+    layers = last_layers(baseline.trace(batch), candidate.trace(batch))
+    if not layers:
+        return _NO_EVIDENCE, None, None
+    names = ", ".join(layers)
+    for name, error in layers.items():
+        if not error.within(limit):
+            place = Divergence(name, error.max_abs, error.max_rel, error.mismatch)
+            return f"the outputs say nothing, and layer {name} differs: relative error {error.max_rel:.3g}", place, None
+    worst = max(error.max_rel for error in layers.values())
+    return (
+        None,
+        None,
+        f"the outputs are empty or zero on these inputs; the layers before them agree ({names}: relative error {worst:.2g})",
+    )
 
 
 def _noise_note(progress: _Progress) -> str | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from bnctl.numerics.compare import compare
+from bnctl.numerics.compare import ArrayError, compare
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,21 @@ def first_divergence(baseline: Trace, candidate: Trace, limit: float) -> Diverge
     if first is None:
         return None
     return Divergence(first, errors[first].max_abs, errors[first].max_rel, errors[first].mismatch)
+
+
+def last_layers(baseline: Trace, candidate: Trace) -> dict[str, ArrayError]:
+    """Errors of the common layers closest to the outputs, of those that say anything: empty and all-zero values are looked through.
+
+    They stand in for outputs that are empty, such as those of a detector that finds nothing.
+
+    Args:
+        baseline: execution of the model that is right by definition.
+        candidate: execution of the other model, of the same kind, on the same batch.
+    """
+    common = baseline.values.keys() & candidate.values.keys()
+    errors = {name: compare(baseline.values[name], candidate.values[name]) for name in common}
+    telling = {name for name in common if errors[name].informative}
+    return {name: errors[name] for name in sorted(_nearest(candidate.outputs, candidate.parents, telling))}
 
 
 def _nearest(names: Iterable[str], parents: dict[str, tuple[str, ...]], common: set[str]) -> set[str]:

@@ -125,6 +125,8 @@ class _Lifter(Operands):
             if isinstance(node.op, ops.Affine):
                 node, parts = self._layer_of(node, call, removals)
                 swallowed |= parts
+                while nodes and nodes[-1].id in parts:  # the reshapes before the affine operator
+                    nodes.pop()
             nodes.append(node)
         graph = Graph(
             tuple(nodes),
