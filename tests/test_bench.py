@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from bnctl.data.batches import Batch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -27,6 +26,7 @@ from bnctl.bench.run import run_bench
 from bnctl.bench.spawn import run_worker
 from bnctl.bench.spec import BenchModel, LatencyOptions, ProcessResult, Turns, WorkerSpec
 from bnctl.bench.timing import Schedule, time_in_turns, typical_ns
+from bnctl.data.batches import Batch
 from bnctl.errors import BnctlError, DataError, ExitCode, ModelError, UsageError
 
 SOURCES = str(Path(__file__).parents[1] / "src")

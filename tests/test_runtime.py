@@ -11,10 +11,10 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from bnctl.data.batches import Batch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
+from bnctl.data.batches import Batch
 from bnctl.errors import ModelError, UsageError
 from bnctl.models import Model
 from bnctl.runtime import Trace, first_divergence, onnx_source, open_runner

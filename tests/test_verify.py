@@ -11,18 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bnctl.data.batches import Batch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from numpy.typing import NDArray
 from torch import nn
 
+from bnctl.data.batches import Batch
+from bnctl.data.resize import other_batch_sizes
 from bnctl.errors import ModelError
 from bnctl.numerics.compare import compare, count_flips, rms, tolerance
 from bnctl.runtime.torch import TorchRunner
 from bnctl.runtime.trace import Trace
-from bnctl.verify import accepts, compare_runners, other_batch_sizes
+from bnctl.verify import compare_runners
 
 NAN, INF = math.nan, math.inf
 
@@ -313,9 +314,18 @@ class TestRealModels:
         baked.flatten = 4
         assert self.verify(net, baked, images).passed
         for other in other_batch_sizes(images):
-            assert accepts(TorchRunner(net), other)
-            assert not accepts(TorchRunner(baked), other)
+            TorchRunner(net).run(other)
+            with pytest.raises(ModelError):
+                TorchRunner(baked).run(other)
             assert not self.verify(net, baked, other).passed
+
+    def test_sizes_that_the_baseline_does_not_take_do_not_count(self, net, images):
+        baked = copy.deepcopy(net)
+        baked.flatten = 4
+        others = other_batch_sizes(images)
+        same = compare_runners(TorchRunner(baked), TorchRunner(baked), [images], where_taken=others)
+        assert same.passed and same.samples == images.size
+        assert not compare_runners(TorchRunner(net), TorchRunner(baked), [images], where_taken=others).passed
 
 
 class TestOtherBatchSizes:

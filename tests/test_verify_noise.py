@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from bnctl.data.batches import Batch
+from bnctl.runtime.noise import rounding_noise
 from bnctl.runtime.torch import TorchRunner
-from bnctl.verify import compare_runners, rounding_noise
+from bnctl.verify import compare_runners
 
 
 class Saturated(nn.Module):

@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from bnctl.errors import InputError, ModelError
 from bnctl.numerics.compare import ArrayError, Flips, compare, count_flips
 from bnctl.numerics.compare import tolerance as tolerance_of
+from bnctl.runtime.noise import NOISE_ULPS, rounding_noise
 from bnctl.runtime.trace import Divergence, first_divergence, last_layers
 
 if TYPE_CHECKING:
@@ -31,10 +32,6 @@ if TYPE_CHECKING:
     from bnctl.runtime.runner import Runner
 
 Outputs = Mapping[str, NDArray[Any]]
-
-NOISE_ULPS = 8
-"""By how many units in the last place the inputs are shaken: rounding happens in every layer, not only at the input, and a
-smaller step may not cross a single quantum of a saturated output."""
 
 NOISE_FACTOR = 2.0
 """An error of up to this many times the rounding noise counts as rounding: the noise is a maximum over few draws."""
@@ -180,6 +177,7 @@ def compare_runners(
     candidate: Runner,
     batches: Iterable[Batch],
     *,
+    where_taken: Iterable[Batch] = (),
     tolerance: float | None = None,
     locate: bool = True,
 ) -> Verification:
@@ -192,6 +190,7 @@ def compare_runners(
         baseline: right by definition.
         candidate: to be judged.
         batches: inputs; each is used once, nothing but maxima is kept.
+        where_taken: further inputs that count only where the baseline takes them: some models are made for one batch size.
         tolerance: largest relative error; by default it follows from the coarser float type of the two.
         locate: on failure, look for the first layer that differs (one more run of both models).
 
@@ -207,8 +206,14 @@ def compare_runners(
         checks = tuple(progress.checks.values())
         return Verification(progress.samples, limit, reason is None, reason, checks, progress.flips, first, note)
 
-    for batch in batches:
-        expected = baseline.run(batch)
+    for batch, required in chain(((b, True) for b in batches), ((b, False) for b in where_taken)):
+        try:
+            expected = baseline.run(batch)
+        except InputError:
+            if required:
+                raise
+            continue
+        example = batch
         try:
             actual = candidate.run(batch)
         except ModelError as error:
@@ -221,95 +226,10 @@ def compare_runners(
     if reason is None:
         return outcome(None, note=_noise_note(progress))
     if reason == _NO_EVIDENCE and locate:
-        return outcome(*_look_inside(baseline, candidate, batch, limit))
+        return outcome(*_look_inside(baseline, candidate, example, limit))
     if progress.failed_on is None or not locate:
         return outcome(reason)
     return outcome(reason, *_locate(baseline, candidate, progress.failed_on, limit))
-
-
-def rounding_noise(runner: Runner, batch: Batch, outputs: Outputs) -> dict[str, float]:
-    """How far each output moves, at most, when every float input is changed by :data:`NOISE_ULPS` units in the last place.
-
-    Two seeded draws of signs; 0 for a model whose inputs are all integers.
-
-    Args:
-        runner: the model.
-        batch: its inputs.
-        outputs: what it gives on them.
-    """
-    step = NOISE_ULPS * _UNITS.get(runner.precision, 2.0**-23)
-    noise = dict.fromkeys(outputs, 0.0)
-    for seed in range(2):
-        signs = np.random.default_rng(seed)
-
-        def shake(value: Any) -> Any:
-            if isinstance(value, Mapping):
-                return {key: shake(inner) for key, inner in value.items()}
-            if isinstance(value, (list, tuple)) and type(value) in {list, tuple}:
-                return type(value)(shake(inner) for inner in value)
-            array = np.asarray(value.detach().cpu()) if hasattr(value, "detach") else value
-            if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
-                return value
-            return (array * (1 + step * signs.choice([-1.0, 1.0], array.shape))).astype(array.dtype)  # noqa: B023
-
-        shaken = replace(
-            batch, args=tuple(map(shake, batch.args)), kwargs={k: shake(v) for k, v in batch.kwargs.items()}
-        )
-        for name, value in runner.run(shaken).items():
-            error = compare(outputs[name], value).max_abs if name in noise else 0.0
-            noise[name] = max(noise.get(name, 0.0), error if math.isfinite(error) else 0.0)
-    return noise
-
-
-_UNITS = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
-
-
-def other_batch_sizes(batch: Batch) -> list[Batch]:
-    """The samples of a batch again as batches of other sizes: one and three, as far as the batch has another size.
-
-    They find a batch size that surgery or export has baked into the model. Check with :func:`accepts` that the baseline
-    takes them: some models are made for one size. See :func:`resized` for what is resized.
-    """
-    return [resized(batch, size) for size in (1, 3) if batch.size and size != batch.size]
-
-
-def resized(batch: Batch, size: int) -> Batch:
-    """A batch of another size from the samples of a batch, repeated from the start where more are asked for.
-
-    Resized are arrays and tensors whose first axis is the batch, labels, and lists with one entry per sample; containers
-    are looked into, and everything else is passed on.
-
-    Args:
-        batch: at least one sample.
-        size: samples in the result.
-    """
-    samples = [i % batch.size for i in range(size)]
-
-    def resize(value: Any) -> Any:
-        if getattr(value, "ndim", 0) and len(value) == batch.size:
-            return value[samples]
-        if isinstance(value, Mapping):
-            return {key: resize(inner) for key, inner in value.items()}
-        if isinstance(value, (list, tuple)):
-            resized = [resize(inner) for inner in value]
-            untouched = all(new is old for new, old in zip(resized, value, strict=True))
-            if isinstance(value, list) and untouched and len(value) == batch.size:
-                return [value[i] for i in samples]
-            return type(value)(resized) if type(value) in (list, tuple) else value
-        return value
-
-    labels = None if batch.labels is None else np.asarray(batch.labels)[samples]
-    kwargs = {name: resize(value) for name, value in batch.kwargs.items()}
-    return replace(batch, args=tuple(resize(value) for value in batch.args), kwargs=kwargs, labels=labels)
-
-
-def accepts(runner: Runner, batch: Batch) -> bool:
-    """Whether a model runs on a batch at all."""
-    try:
-        runner.run(batch)
-    except InputError:
-        return False
-    return True
 
 
 def _pairs(a: Outputs, b: Outputs) -> list[tuple[str, NDArray[Any], NDArray[Any]]]:

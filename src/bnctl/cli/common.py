@@ -62,7 +62,7 @@ def reporting(command: Callable[..., Report]) -> Callable[..., None]:
     parameters = [context, *(p.replace(kind=keyword) for p in (*own, *COMMON))]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
-    del run.__wrapped__  # type: ignore[attr-defined]
+    del run.__wrapped__
     return run
 
 

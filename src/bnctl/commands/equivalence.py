@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from bnctl.data.resize import other_batch_sizes
 from bnctl.errors import EquivalenceError
 from bnctl.runtime import open_runner
-from bnctl.verify import Verification, accepts, compare_runners, other_batch_sizes
+from bnctl.verify import Verification, compare_runners
 
 if TYPE_CHECKING:
     from bnctl.data.batches import Batch
@@ -18,8 +19,7 @@ def check_equivalence(
 ) -> Verification:
     """Run both models on the example and on batches of other sizes (where the model takes them), with runtime optimisations off."""
     baseline, candidate = open_runner(before, device=device), open_runner(after, device=device)
-    batches = [example, *(b for b in other_batch_sizes(example) if accepts(baseline, b))]
-    return compare_runners(baseline, candidate, batches, tolerance=tolerance)
+    return compare_runners(baseline, candidate, [example], where_taken=other_batch_sizes(example), tolerance=tolerance)
 
 
 def require(verification: Verification, command: str, word: str) -> None:

@@ -16,22 +16,25 @@ if TYPE_CHECKING:
 
 def run_verify(baseline: str, candidate: str, setup: Setup, *, tolerance: float | None) -> Report:
     """Compare two models on data, or on the example and other batch sizes. A failure is a result: exit code 1."""
+    from bnctl.data.resize import other_batch_sizes
     from bnctl.runtime import open_runner
-    from bnctl.verify import accepts, compare_runners, other_batch_sizes
+    from bnctl.verify import compare_runners
 
     started = time.perf_counter()
     before, after = setup.open(baseline), setup.open(candidate)
     first, second = open_runner(before, device=setup.device), open_runner(after, device=setup.device)
 
+    example = setup.example(before)
+
     def batches() -> Iterator[Batch]:
-        example = setup.example(before)
         source = setup.batches() if setup.data is not None else [example]
         for number, batch in enumerate(source, start=1):
             yield batch
             setup.progress("verify", number, None)
-        yield from (b for b in other_batch_sizes(example) if accepts(first, b))
 
-    verification = compare_runners(first, second, batches(), tolerance=tolerance)
+    verification = compare_runners(
+        first, second, batches(), where_taken=other_batch_sizes(example), tolerance=tolerance
+    )
     return Report(
         "verify",
         Artifact(before.word, before.sha256),

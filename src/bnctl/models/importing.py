@@ -55,7 +55,7 @@ def import_module(name: str) -> ModuleType:
 def _declare_torchvision_operators() -> None:
     import torch
 
-    library: Any = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
+    library: Any = torch.library.Library("torchvision", "FRAGMENT")
     for schema in _TORCHVISION_SCHEMAS:
         library.define(schema)
     _libraries.append(library)

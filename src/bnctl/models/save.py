@@ -139,9 +139,9 @@ def _check_onnx(path: Path) -> None:
 
 
 def _program(model: Model, example: Batch | None, static_batch: bool) -> Any:
+    from bnctl.data.resize import resized
     from bnctl.engines.torch.engine import copy_module
     from bnctl.engines.torch.export import to_program
-    from bnctl.verify import resized
 
     if model.program is not None:
         return model.program

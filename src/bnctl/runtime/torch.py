@@ -152,7 +152,7 @@ def to_numpy(value: Any) -> NDArray[Any]:
     return array
 
 
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Recorder(TorchDispatchMode):
     """Follows tensors from module to module: each tensor remembers the layers that it was computed from."""
 
     def __init__(self, module: torch.nn.Module) -> None:

@@ -7,8 +7,8 @@ import torch
 
 from bnctl.numerics.moments import Moments, merge_all
 
-CHUNK_ELEMENTS = 1 << 20
-"""Values that are widened to float64 at a time: 8 MB, so a chunk stays in a processor's cache."""
+CHUNK_ELEMENTS = 1 << 18
+"""Values that are widened to float64 at a time: 2 MB, so a chunk stays in a processor's cache."""
 
 
 def activation_moments(x: torch.Tensor, *, per_instance: bool = False, chunk_elements: int = CHUNK_ELEMENTS) -> Moments:
