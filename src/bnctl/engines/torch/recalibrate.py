@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import nn
 
+from bnctl.engines.torch.recalibration.lockstep import lockstep
 from bnctl.engines.torch.recalibration.memory import DEFAULT_SHARE, LiveStorages, available_bytes
 from bnctl.engines.torch.recalibration.operators import NormCall
 from bnctl.engines.torch.recalibration.schedules import (
     Round,
-    lockstep,
     measure,
     pass_per_site,
     pass_with_own_batches,
@@ -40,8 +40,8 @@ __all__ = ["CODES", "Method", "SiteStatistics", "recalibrate"]
 
 Method = Literal["exact", "batch"]
 
-MAX_STRANDS = 256
-"""Most batches that are run in lockstep: each is a thread that brings its own pool of intra-operator threads."""
+MAX_STRANDS = 512
+"""Most batches that are run in lockstep: each is a thread, and systems limit their number."""
 
 _log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""In which order batches and layers take turns: one pass, one pass per layer, or all batches in lockstep.
+"""In which order batches and layers take turns: one pass, or one pass per layer; and how a fixed point is found.
 
 Every schedule returns the moments of all sites' inputs, over all calls, under the statistics that were in force when each was called.
 """
@@ -12,7 +12,6 @@ from typing import Any
 
 from bnctl.engines.torch.recalibration.operators import NormCall
 from bnctl.engines.torch.recalibration.sites import Site
-from bnctl.engines.torch.recalibration.strand import Strand
 from bnctl.engines.torch.recalibration.workbench import Feed, Tally, Workbench, gather
 from bnctl.errors import DataError
 from bnctl.numerics.moments import Moments
@@ -65,7 +64,7 @@ def pass_per_site(bench: Workbench, fixed: Collection[Site], settled: Settled) -
     settled. Needs no more memory than one forward; costs about half a pass per site, and two.
     """
     while arrived := _stop_at_first(bench, {*fixed, *settled}):
-        _settle(bench, *arrived, settled)
+        settle(bench, *arrived, settled)
     return measure(bench)
 
 
@@ -87,41 +86,8 @@ def _stop_at_first(bench: Workbench, known: Collection[Site]) -> tuple[Site, Mom
     return next(iter(reached.moments.items()), None)
 
 
-def lockstep(bench: Workbench, feeds: list[Feed], fixed: Collection[Site], settled: Settled) -> Tally:
-    """All batches at once: each forward waits at a site that is not settled until all forwards wait or have ended.
-
-    One forward runs at a time, in the order of the batches. When all wait, the site that was reached first is settled from
-    everything that arrived there, and those who waited for it go on. So there is always somebody who can go on, whatever
-    way the batches take; a batch that comes to a site later finds it settled, and :func:`solve` sees to it.
-    """
-    tally = Tally()
-
-    def forward(feed: Feed, pause: Callable[[Site], None]) -> None:
-        def wait(site: Site, call: NormCall) -> None:
-            gather(tally, feed, site, call)
-            if site not in settled and site not in fixed:
-                pause(site)
-
-        bench.run(feed, wait, model=bench.twin())
-
-    strands = [Strand[Site](partial(forward, feed), f"batch {feed.index}") for feed in feeds]
-    try:
-        ready, waiting = strands, dict[Site, list[Strand[Site]]]()
-        while ready:
-            for strand in ready:
-                if (site := strand.resume()) is not None:
-                    waiting.setdefault(site, []).append(strand)
-            site = next(iter(waiting), None)  # in order of arrival
-            ready = [] if site is None else waiting.pop(site)
-            if site is not None:
-                _settle(bench, site, tally.moments[site], settled)
-    finally:
-        for strand in strands:
-            strand.close()
-    return tally
-
-
-def _settle(bench: Workbench, site: Site, moments: Moments, settled: Settled) -> None:
+def settle(bench: Workbench, site: Site, moments: Moments, settled: Settled) -> None:
+    """Give a site its statistics, unless all that came was empty."""
     if moments.count:
         site.store(moments)
     settled[site] = moments
