@@ -15,6 +15,7 @@ from bnctl.data.batches import Batch
 from bnctl.models.importing import import_module
 from bnctl.runtime.ort import OrtRunner
 from bnctl.runtime.torch import TorchRunner
+from bnctl.verify import compare_layers, compare_runners
 
 CIFAR = Path(__file__).parents[2] / "shared" / "data" / "cifar10_resnet20"
 LIGHT = Path(onnx.__file__).parent / "backend/test/data/light"
@@ -61,12 +62,24 @@ def test_folds_what_can_be_folded(package: str, name: str, size: int, found: int
     truth = TorchRunner(build(package, name).double()).run(Batch((x.double(),)))["out"]
     folded = TorchRunner(result.model).run(Batch((x,)))["out"]
     assert np.abs(folded - truth).max() < 1e-4 * np.sqrt((truth**2).mean())
+    assert result.report.verification is not None
+    assert result.report.verification["layers"] > 0
+
+
+def test_negative_control_a_fault_that_the_outputs_do_not_show() -> None:
+    """With random weights an efficientnet forgets its input: 1 % in the first layer changes no output, but the layers show it."""
+    model = build("timm", "efficientnet_b0")
+    batch = Batch((torch.randn(2, 3, 64, 64),))
+    result = bnctl.fold(model, batch.args)
     with torch.no_grad():
-        next(result.model.parameters()).mul_(1.01)
-    wrong = TorchRunner(result.model).run(Batch((x,)))["out"]
-    assert np.abs(wrong - truth).max() > 1e-4 * np.sqrt((truth**2).mean()), (
-        "the check must see an error of 1 % in one layer"
-    )
+        result.model.conv_stem.weight *= 1.01
+    right, wrong = TorchRunner(model), TorchRunner(result.model)
+    outputs_alone = compare_runners(right, wrong, [batch])
+    names = [site.name for site in result.report.sites]
+    assert outputs_alone.passed, "the control is only one if the outputs do not show the fault"
+    judged = compare_layers(right, wrong, batch, names, outputs_alone)
+    assert not judged.passed
+    assert judged.first_difference is not None and judged.first_difference.name == "bn1"
 
 
 def test_a_detector_that_cannot_be_traced() -> None:

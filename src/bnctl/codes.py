@@ -1,6 +1,6 @@
 """Every reason code, in one place: what it means, why, and what the user can do.
 
-BN1xx  fold           BN2xx  insert          BN3xx  recalibrate
+BN1xx  fold          BN2xx  insert          BN3xx  recalibrate          BN4xx  check
 """
 
 from __future__ import annotations
@@ -122,6 +122,27 @@ _ALL = [
     Code("BN208", "almost no variance",
          "Some channels hardly vary on the calibration data. The function is preserved, but gamma is tiny there: in training those channels react violently.",
          "Calibrate on more data; or raise --eps."),
+    Code("BN301", "not selected",
+         "The globs given with --where and --skip leave this layer out; its statistics stay as they were.",
+         "Nothing is wrong. bnctl inspect lists the names of all layers."),
+    Code("BN302", "never reached",
+         "No batch led to a normalisation that reads these statistics, or all that came there were empty.",
+         "Calibrate with data that reach this layer. Operators inside torch.compile cannot be seen: recalibrate before compiling."),
+    Code("BN303", "statistics are frozen on purpose",
+         "They are constants by the model's own word: a FrozenBatchNorm, momentum 0, or a layer in eval mode inside a model in train mode.",
+         "Give the layer's very name with --where to recalibrate it all the same; a FrozenBatchNorm must be made a BatchNorm first."),
+    Code("BN304", "normalises with its own input",
+         "The layer uses the statistics of its batch in inference too (track_running_stats=False, or training=True in custom code): there are no running "
+         "statistics that inference reads.",
+         "Build the layer with track_running_stats=True."),
+    Code("BN305", "statistics are not part of the model's state",
+         "The running statistics handed to the operator are neither a buffer nor a parameter of the model, or are computed on the way: there is no place where "
+         "new ones could be stored.",
+         "Register them with register_buffer."),
+    Code("BN306", "statistics did not settle",
+         "The layer is called several times in a pass, or in different orders by different batches, so its statistics depend on themselves. The iteration ended "
+         "before they agreed with what they produce; self_consistency says by how much.",
+         "Look at self_consistency: below 1e-3 it hardly matters. Else give each call a layer of its own."),
     Code("BN401", "foldable",
          "The layer could be folded into its neighbours: inference pays for it without need.",
          "bnctl fold, or bnctl export."),

@@ -13,8 +13,8 @@ units in the last place. An error within :data:`NOISE_FACTOR` times that noise c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -97,6 +97,8 @@ class Verification:
         flips: rows of logits whose argmax differs; None if no output looks like logits.
         first_difference: the layer where the two part, where that was asked for and found.
         note: why no such layer is given, or what a reader should know of a pass; None if nothing.
+        layers: inner layers that were compared too.
+        max_layer_error: their largest relative error.
     """
 
     samples: int
@@ -107,6 +109,8 @@ class Verification:
     flips: Flips | None = None
     first_difference: Divergence | None = None
     note: str | None = None
+    layers: int = 0
+    max_layer_error: float = 0.0
 
     @property
     def max_abs_error(self) -> float:
@@ -139,6 +143,8 @@ class Verification:
                 "max_rel_error": _finite(first.max_rel),
                 "mismatch": first.mismatch,
             },
+            "layers": self.layers,
+            "max_layer_error": self.max_layer_error,
             "note": self.note,
         }
 
@@ -248,6 +254,45 @@ def _reason(progress: _Progress) -> str | None:
     if not any(check.informative for check in progress.checks.values()):
         return _NO_EVIDENCE
     return None
+
+
+LAYER_FACTOR = 10.0
+"""How much more than an output an inner layer may differ, relative to its scale: layers are compared to find faults, which
+are of the order of 1, and not every inner value is as well conditioned as an output."""
+
+
+def compare_layers(
+    baseline: Runner, candidate: Runner, batch: Batch, names: Collection[str], verification: Verification
+) -> Verification:
+    """Compare inner layers that the surgery says it preserved, too.
+
+    Outputs alone are weak evidence where a network forgets its input on the way: with random weights, an efficientnet gives
+    the same logits for every image, and an error of 1 % in its first layer does not show. The outputs of removed layers
+    must be there, unchanged, under the same names.
+
+    Args:
+        baseline: right by definition.
+        candidate: to be judged, of the same kind.
+        batch: one sample is enough.
+        names: layers whose output must be the same.
+        verification: of the outputs; a failed one is handed back as it is.
+    """
+    if not verification.passed or not names or baseline.kind != candidate.kind:
+        return verification
+    try:
+        before, after = baseline.layers(batch, names), candidate.layers(batch, names)
+    except ModelError:  # made for one batch size
+        return verification
+    limit = LAYER_FACTOR * verification.tolerance
+    checked, worst = 0, 0.0
+    for name in (n for n in before if n in after):
+        error = compare(before[name], after[name])
+        if not error.within(limit):
+            first = Divergence(name, error.max_abs, error.max_rel, error.mismatch)
+            detail = error.mismatch or f"relative error {error.max_rel:.3g}, tolerance {limit:.3g}"
+            return replace(verification, passed=False, reason=f"layer {name} differs: {detail}", first_difference=first)
+        checked, worst = checked + error.informative, max(worst, error.max_rel)
+    return replace(verification, layers=checked, max_layer_error=worst)
 
 
 _NO_EVIDENCE = (

@@ -56,7 +56,8 @@ def fold_model(
         return Outcome(model, replace(report, elapsed_s=time.perf_counter() - started))
     folded = engine.fold(captured, plan)
     if verify:
-        verification = check_equivalence(model, folded, example, tolerance=tolerance, device=device)
+        layers = [engine.shown_as(captured, node) for node in plan.preserved]
+        verification = check_equivalence(model, folded, example, layers=layers, tolerance=tolerance, device=device)
         require(verification, "fold", model.word)
         report = replace(report, verification=verification.to_dict())
     return Outcome(folded, replace(report, elapsed_s=time.perf_counter() - started))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from bnctl.graph.graph import Graph
+from bnctl.graph.graph import Graph, Node
 from bnctl.plan.fold import FoldPlan
 from bnctl.plan.insert import InsertSite
 
@@ -43,6 +43,10 @@ class Engine(Protocol):
 
     def fold(self, captured: Captured, plan: FoldPlan) -> Model:
         """The model with the plan carried out."""
+        ...
+
+    def shown_as(self, captured: Captured, node: Node) -> str:
+        """The name under which :meth:`bnctl.runtime.Runner.layers` shows the output of a node."""
         ...
 
     def calibrate(

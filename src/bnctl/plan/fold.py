@@ -68,6 +68,12 @@ class FoldPlan:
     meaning: dict[int, int | None] = field(default_factory=dict)
 
     @property
+    def preserved(self) -> tuple[Node, ...]:
+        """Removed affines whose output is still there afterwards, made by what comes before them."""
+        kept = set(self.meaning.values())
+        return tuple(node for node in self.removed if node.outputs[0] in kept)
+
+    @property
     def added_parameters(self) -> int:
         """Parameters that untying adds."""
         return sum(slot.size for slot in self.untied)

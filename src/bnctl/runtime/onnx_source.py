@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,8 +68,8 @@ def loadable(source: OnnxSource) -> Iterator[str | bytes]:
             yield str(path)
 
 
-def expose(source: OnnxSource) -> Exposed:
-    """Make every value that a node of the main graph computes an output of a copy of the model."""
+def expose(source: OnnxSource, names: Collection[str] | None = None) -> Exposed:
+    """Make values that nodes of the main graph compute outputs of a copy of the model: those that are named, or all."""
 
     model = read(source).clone()
     graph = model.graph
@@ -81,7 +81,7 @@ def expose(source: OnnxSource) -> Exposed:
             if value.name:
                 parents[value.name] = reads
     for value in [value for node in graph for value in node.outputs]:
-        if value.name and value.name not in outputs:
+        if value.name and value.name not in outputs and (names is None or value.name in names):
             graph.outputs.append(value)
     return Exposed(model, parents, outputs)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -80,9 +80,12 @@ class OrtRunner:
                 raise ModelError(f"{self.name}: output {name!r} is not a tensor", hint="bnctl compares tensors only")
         return {name: value for name, value in values.items() if value is not None}
 
-    def layers(self, batch: Batch) -> dict[str, NDArray[Any]]:
+    def layers(self, batch: Batch, names: Collection[str] | None = None) -> dict[str, NDArray[Any]]:
         """Values inside the graph by name, in topological order; values inside subgraphs and functions are not seen."""
-        return self.trace(batch).values
+        exposed = onnx_source.expose(self._source, names)
+        values = self._run(self._open(exposed.model, optimised=False), self._feeds(batch))
+        wanted = exposed.parents.keys() if names is None else names
+        return {name: v for name, v in values.items() if v is not None and name in wanted}
 
     def trace(self, batch: Batch) -> Trace:
         """Like :meth:`layers`, with what each value was computed from."""

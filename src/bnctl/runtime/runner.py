@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -40,8 +40,8 @@ class Runner(Protocol):
         """
         ...
 
-    def layers(self, batch: Batch) -> dict[str, NDArray[Any]]:
-        """Outputs of the inner layers by name, in order of execution.
+    def layers(self, batch: Batch, names: Collection[str] | None = None) -> dict[str, NDArray[Any]]:
+        """Outputs of the inner layers by name, in order of execution: of those that are named, or of all.
 
         Raises:
             ModelError: as for :meth:`run`.

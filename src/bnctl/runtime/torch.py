@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -68,9 +68,30 @@ class TorchRunner:
             raise ModelError(f"{self._name} returns no tensor", hint="bnctl compares tensors")
         return {name or "out": to_numpy(value) for name, value in outputs.items()}
 
-    def layers(self, batch: Batch) -> dict[str, NDArray[Any]]:
+    def layers(self, batch: Batch, names: Collection[str] | None = None) -> dict[str, NDArray[Any]]:
         """Tensors that submodules return, by module path; the second call of a module is ``path#2``."""
-        return self.trace(batch).values
+        if names is None:
+            return self.trace(batch).values
+        found: dict[str, NDArray[Any]] = {}
+
+        def keep(name: str, output: Any) -> None:
+            if isinstance(output, torch.Tensor):
+                calls = sum(key.partition("#")[0] == name for key in found)
+                found[f"{name}#{calls + 1}" if calls else name] = to_numpy(output)
+
+        modules = dict(self._module.named_modules())
+        handles = [
+            modules[name].register_forward_hook(lambda module, args, output, n=name: keep(n, output))
+            for name in names
+            if name in modules
+        ]
+        try:
+            with self.prepared(batch) as call:
+                call()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
 
     def trace(self, batch: Batch) -> Trace:
         """Like :meth:`layers`, with what each value was computed from."""

@@ -11,6 +11,7 @@ from bnctl.engines.onnx.apply import apply_fold
 from bnctl.engines.onnx.calibrate import calibrate
 from bnctl.engines.onnx.insert import apply_insert
 from bnctl.engines.onnx.lift import Lifted, lift
+from bnctl.graph.graph import Node
 from bnctl.plan.fold import FoldPlan
 from bnctl.plan.insert import InsertSite
 
@@ -39,6 +40,10 @@ class OnnxEngine:
     def fold(self, captured: Captured, plan: FoldPlan) -> Model:
         """The folded model, sharing untouched weights with the one that was captured."""
         return replace(captured.model, native=apply_fold(captured.native, plan))
+
+    def shown_as(self, captured: Captured, node: Node) -> str:
+        """The value's name."""
+        return captured.graph.values[node.outputs[0]].name
 
     def calibrate(
         self, captured: Captured, sites: Sequence[InsertSite], batches: Iterable[Batch]

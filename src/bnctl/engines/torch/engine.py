@@ -22,6 +22,7 @@ from bnctl.engines.torch.record import record, tensors_in
 from bnctl.engines.torch.relayer import give_layers_back
 from bnctl.engines.torch.surgery import apply_fold
 from bnctl.errors import ModelError
+from bnctl.graph.graph import Node
 from bnctl.numerics.batchnorm import identity_parameters
 from bnctl.plan.fold import FoldPlan
 from bnctl.plan.insert import InsertSite
@@ -79,6 +80,10 @@ class TorchEngine:
         native: _Native = captured.native
         edits = apply_fold(native.module, native.lifted, plan)
         return _edited(captured.model, native.module, edits)
+
+    def shown_as(self, captured: Captured, node: Node) -> str:
+        """The module's path."""
+        return node.layer
 
     def calibrate(
         self, captured: Captured, sites: Sequence[InsertSite], batches: Iterable[Batch]

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bnctl.engines.torch.recalibration.operators import NormCall, inference
+from bnctl.engines.torch.recalibration.operators import NormCall
 from bnctl.engines.torch.recalibration.schedules import Settled, settle
 from bnctl.engines.torch.recalibration.sites import Site
 from bnctl.engines.torch.recalibration.strand import Strand
@@ -54,22 +55,27 @@ def lockstep(bench: Workbench, feeds: list[Feed], fixed: Collection[Site], settl
     return tally
 
 
-@dataclass(eq=False)
 class _Operation:
-    """An operator that a strand wants to have run."""
+    """An operator that a strand wants to have run; made by the thread in whose place it runs."""
 
-    operator: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    result: Any = None
-    error: Exception | None = None
+    def __init__(self, operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._call = partial(operator, *args, **kwargs)
+        # which layers of the dispatcher the call has passed already is the thread's own knowledge
+        self._dispatch = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+        self._result: Any = None
+        self._error: Exception | None = None
 
     def run(self) -> None:
         try:
-            with inference():
-                self.result = self.operator(*self.args, **self.kwargs)
+            with torch.no_grad(), torch._C._ForceDispatchKeyGuard(*self._dispatch):
+                self._result = self._call()
         except Exception as error:  # belongs to the model's forward, which may know what to do
-            self.error = error
+            self._error = error
+
+    def result(self) -> Any:
+        if self._error is not None:
+            raise self._error
+        return self._result
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +111,4 @@ class _ByOwner(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         operation = _Operation(func, args, kwargs or {})
         self._pause(operation)
-        if operation.error is not None:
-            raise operation.error
-        return operation.result
+        return operation.result()

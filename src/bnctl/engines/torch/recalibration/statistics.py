@@ -21,43 +21,6 @@ NO_STATISTICS = "BN304"
 NOT_IN_STATE = "BN305"
 NOT_CONVERGED = "BN306"
 
-CODES: dict[str, tuple[str, str, str]] = {
-    NOT_SELECTED: (
-        "not selected",
-        "The globs given with --where and --skip leave this layer out; its statistics stay as they were.",
-        "Nothing is wrong. bnctl inspect lists the names of all layers.",
-    ),
-    NEVER_REACHED: (
-        "never reached",
-        "No batch led to a normalisation that reads these statistics, or all that came there were empty.",
-        "Calibrate with data that reach this layer. Operators inside torch.compile cannot be seen: recalibrate before compiling.",
-    ),
-    FROZEN: (
-        "statistics are frozen on purpose",
-        "They are constants by the model's own word: a FrozenBatchNorm, momentum 0, or a layer in eval mode inside a model in train mode.",
-        "Give the layer's very name with --where to recalibrate it all the same; a FrozenBatchNorm must be made a BatchNorm first.",
-    ),
-    NO_STATISTICS: (
-        "normalises with its own input",
-        "The layer uses the statistics of its batch in inference too (track_running_stats=False, or training=True in custom code): "
-        "there are no running statistics that inference reads.",
-        "Build the layer with track_running_stats=True.",
-    ),
-    NOT_IN_STATE: (
-        "statistics are not part of the model's state",
-        "The running statistics handed to the operator are neither a buffer nor a parameter of the model, or are computed on the way: "
-        "there is no place where new ones could be stored.",
-        "Register them with register_buffer.",
-    ),
-    NOT_CONVERGED: (
-        "statistics did not settle",
-        "The layer is called several times in a pass, or in different orders by different batches, so its statistics depend on themselves. "
-        "The iteration ended before they agreed with what they produce; self_consistency says by how much.",
-        "Look at self_consistency: below 1e-3 it hardly matters. Else give each call a layer of its own.",
-    ),
-}
-"""Reason codes of recalibration: title, why, remedy."""
-
 
 @dataclass(frozen=True)
 class Drift:
