@@ -13,14 +13,23 @@ from torch import Tensor, nn
 import bnctl
 from nets_traps import _fast, error, outputs, randomise  # noqa: F401
 
-SETTINGS = settings(
-    max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
-)
+SETTINGS = settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 CHANNELS = 4
 """Every layer keeps four channels, so that every wrong axis goes unnoticed unless it is noticed by the numbers."""
 
 PLAIN = ["conv", "grouped", "depthwise", "same", "circular", "pointwise", "transposed", "bn", "bn", "relu", "silu"]
-MORE = ["max_pool", "avg_pool", "dropout", "scale", "double_permute", "channels_last", "concat", "add", "reuse", "inplace"]
+MORE = [
+    "max_pool",
+    "avg_pool",
+    "dropout",
+    "scale",
+    "double_permute",
+    "channels_last",
+    "concat",
+    "add",
+    "reuse",
+    "inplace",
+]
 
 
 def layer(kind: str, rank: int, bias: bool) -> nn.Module:

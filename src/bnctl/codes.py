@@ -140,8 +140,8 @@ _ALL = [
          "new ones could be stored.",
          "Register them with register_buffer."),
     Code("BN306", "statistics did not settle",
-         "The layer is called several times in a pass, or in different orders by different batches, so its statistics depend on themselves. The iteration ended "
-         "before they agreed with what they produce; self_consistency says by how much.",
+         "The layer is called several times in a pass, or in different orders by different batches, so its statistics depend on themselves. The iteration "
+         "ended before they agreed with what they produce; self_consistency says by how much.",
          "Look at self_consistency: below 1e-3 it hardly matters. Else give each call a layer of its own."),
     Code("BN401", "foldable",
          "The layer could be folded into its neighbours: inference pays for it without need.",

@@ -7,7 +7,8 @@
     │   │   └── UntrustedError      2     the file would run code, and nobody said it may
     │   ├── DataError               2     the data cannot be read, or do not fit the model
     │   └── OverflowInFoldError     2     folded parameters do not fit the dtype of the layer
-    └── EquivalenceError            1   the surgery changed the function: nothing was written
+    ├── EquivalenceError            1   the surgery changed the function: nothing was written
+    └── Interrupted               130   by Ctrl-C; half-written outputs are gone
 
 A gate's outcome is a result, not an exception: see :mod:`bnctl.bench.gates`.
 """
@@ -85,3 +86,9 @@ class EquivalenceError(BnctlError):
     def __init__(self, message: str, *, hint: str | None = None, verification: Mapping[str, Any] | None = None) -> None:
         super().__init__(message, hint=hint)
         self.verification = verification
+
+
+class Interrupted(BnctlError):
+    """The user pressed Ctrl-C."""
+
+    exit_code = ExitCode.INTERRUPTED

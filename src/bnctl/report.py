@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,11 @@ from bnctl import __version__
 from bnctl.errors import ExitCode
 
 SCHEMA_VERSION = 1
+"""Of the document that ``report.schema.json`` describes."""
+
+_SAID = {"passed": "{}", "verdict": "{}", "method": "method {}", "opset": "opset {}", "bn_nodes": "{} BatchNorm nodes", "nodes": "{} nodes in all",
+         "linear": "{} linear layers", "added_parameters": "{} parameters added"}  # fmt: skip
+"""How an entry of a summary reads; the others read as "5 folded"."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +85,19 @@ class Report:
     notes: tuple[str, ...] = ()
     exit_code: ExitCode = ExitCode.OK
 
+    def headline(self) -> str:
+        """The summary in one line for a person, such as "6 found · 5 inserted · 1 left"."""
+        shown = {key: value for key, value in self.summary.items() if not isinstance(value, (list, dict))}
+        if isinstance(shown.get("passed"), bool):
+            shown["passed"] = "passed" if shown["passed"] else "FAILED"
+        return " · ".join(_SAID.get(key, f"{{}} {key}").format(value) for key, value in shown.items())
+
     def to_dict(self) -> dict[str, Any]:
-        """The versioned JSON document."""
+        """The versioned JSON document; numbers that are not finite, which JSON lacks, are None."""
+        document: dict[str, Any] = _finite(self._document())
+        return document
+
+    def _document(self) -> dict[str, Any]:
         return {
             "schema_version": SCHEMA_VERSION,
             "command": self.command,
@@ -98,3 +115,11 @@ class Report:
 
 def _artifact(artifact: Artifact | None) -> dict[str, Any] | None:
     return None if artifact is None else {"path": artifact.path, "sha256": artifact.sha256}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -146,7 +146,7 @@ def _drop_verdict(row: AccuracyRow, limit_pp: float) -> Verdict:
 def _drop_detail(row: AccuracyRow) -> str:
     drop, low, high = (-100 * value for value in (row.paired.difference, row.paired.high, row.paired.low))
     return (
-        f"{row.candidate}: {row.metric} drop {drop:.2f} points, 95 % interval [{low:.2f}, {high:.2f}], "
+        f"{row.candidate}: {row.metric} drop {drop:z.2f} points, 95 % interval [{low:z.2f}, {high:z.2f}], "
         f"{row.paired.lost} lost and {row.paired.gained} gained of {row.paired.samples}"
     )
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,7 +14,7 @@ from bnctl.cli import config, options
 from bnctl.cli.common import reporting
 from bnctl.cli.output import progress_bar, write_error
 from bnctl.commands.setup import Setup
-from bnctl.errors import BnctlError, ExitCode, UsageError
+from bnctl.errors import BnctlError, ExitCode, Interrupted, ModelError, UsageError
 from bnctl.models.save import Target
 from bnctl.report import Report
 from bnctl.selection import Selection
@@ -23,7 +25,6 @@ _ClickException: type[Exception] = typer.BadParameter.__mro__[2]
 app = typer.Typer(
     name="bnctl",
     help="Batch normalisation surgery: insert, fold, recalibrate, export, verify, bench.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"auto_envvar_prefix": "BNCTL", "help_option_names": ["-h", "--help"]},
 )
@@ -39,6 +40,9 @@ def _main(
 
         sys.stdout.write(f"bnctl {__version__}\n")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(ExitCode.USAGE)
 
 
 @app.command()
@@ -222,7 +226,7 @@ def demo(
     from bnctl.commands.demo import run_demo
 
     with progress_bar(show=not quiet) as progress:
-        raise typer.Exit(run_demo(output, force=force, progress=progress))
+        raise typer.Exit(run_demo(output, force=force, quiet=quiet, progress=progress))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -232,54 +236,64 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(arguments: list[str]) -> int:
     """Run the command line and return the exit code."""
-    as_json = "--json" in arguments or "--format=json" in arguments or " ".join(arguments).find("--format json") >= 0
     command = next((word for word in arguments if not word.startswith("-")), "")
+    shared: dict[str, Any] = {"json": _asks_for_json(arguments)}  # what the commands and this function tell each other
+
+    def fail(error: BnctlError) -> int:
+        write_error(error, as_json=shared["json"], command=command)
+        return int(error.exit_code)
+
     try:
-        group = typer.main.get_command(app)
+        group, options = _command_line()
         settings, path = config.read_config(Path.cwd())
-        known = {name: {p.name for p in sub.params if p.name} for name, sub in group.commands.items()}  # type: ignore[attr-defined]
-        result = group.main(
-            arguments,
-            prog_name="bnctl",
-            standalone_mode=False,
-            default_map=config.default_map(settings, known, path),
-            obj={"trusted-factories": settings.get("trusted-factories", [])},
-        )
+        shared["trusted-factories"] = config.trusted_factories(settings, path)
+        defaults = config.default_map(settings, options, path, os.environ)
+        result = group.main(arguments, prog_name="bnctl", standalone_mode=False, default_map=defaults, obj=shared)
+        if result == ExitCode.INTERRUPTED:  # newer versions of typer turn Ctrl-C into this, without a word
+            raise Interrupted("interrupted")
         return int(result or 0)
     except BnctlError as error:
-        write_error(error, as_json=as_json, command=command)
-        return int(error.exit_code)
-    except typer.Abort:
-        sys.stderr.write("interrupted\n")
-        return int(ExitCode.INTERRUPTED)
+        return fail(error)
+    except (typer.Abort, KeyboardInterrupt):
+        return fail(Interrupted("interrupted"))
     except _ClickException as error:
-        write_error(
-            UsageError(str(getattr(error, "message", error)), hint=f"bnctl {command} --help".replace("  ", " ")),
-            as_json=as_json,
-            command=command,
-        )
-        return int(ExitCode.USAGE)
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        return int(ExitCode.INTERRUPTED)
-    except BrokenPipeError:
-        sys.stderr.close()
-        return int(ExitCode.OK)
+        message = error.format_message()  # type: ignore[attr-defined]
+        return fail(UsageError(message, hint=" ".join(["bnctl", *([command] if command in options else []), "--help"])))
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):
+            return int(ExitCode.OK)  # rich's answer to a reader that left, such as `bnctl --help | head`
+        hint = "take sys.exit out of the factory or the loader"
+        return fail(ModelError(f"code of the model or of the data called sys.exit({error.code!r})", hint=hint))
     except Exception as error:
-        return _internal(error, as_json=as_json, command=command)
+        return fail(_internal(error))
 
 
-def _internal(error: Exception, *, as_json: bool, command: str) -> int:
-    import os
+def _command_line() -> tuple[Any, dict[str, dict[str, bool]]]:
+    """The click group, and the options of each command; true where an option is repeatable."""
+    group: Any = typer.main.get_command(app)
+    options = {}
+    for parameter in (*group.params, *(p for sub in group.commands.values() for p in sub.params)):
+        if parameter.param_type_name == "option":
+            parameter.show_envvar = False  # they all have one, and `--help` is to be read
+            if parameter.is_flag:
+                parameter.metavar = ""
+    for name, sub in group.commands.items():
+        options[name] = {p.name: p.multiple for p in sub.params if p.param_type_name == "option"}
+    return group, options
+
+
+def _asks_for_json(arguments: list[str]) -> bool:
+    """Whether JSON was asked for, as far as the words tell before they are parsed: they may be wrong, and that error is to be JSON too."""
+    return "--json" in arguments or "--format=json" in arguments or ("--format", "json") in pairwise(arguments)
+
+
+def _internal(error: Exception) -> BnctlError:
     import traceback
 
     if os.environ.get("BNCTL_TRACEBACK"):
         traceback.print_exception(error)
     last = traceback.extract_tb(error.__traceback__)[-1]
-    place = f"{Path(last.filename).name}:{last.lineno}"
-    wrapped = BnctlError(
-        f"internal error in {place}: {type(error).__name__}: {error}",
+    return BnctlError(
+        f"internal error in {Path(last.filename).name}:{last.lineno}: {type(error).__name__}: {error}",
         hint="this is a bug in bnctl: please report it with the output of the same command under BNCTL_TRACEBACK=1",
     )
-    write_error(wrapped, as_json=as_json, command=command)
-    return int(ExitCode.INTERNAL)

@@ -47,14 +47,12 @@ def reporting(command: Callable[..., Report]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(context: typer.Context, **given: Any) -> None:
         common = {p.name: given.pop(p.name) for p in COMMON}
+        shared = context.find_root().obj
+        form = Format.JSON if common["json"] else common["format"]
+        shared["json"] = form is Format.JSON  # also where a file or the environment asks for it
         with progress_bar(show=not common["quiet"]) as progress:
-            report = command(_setup(common, context.find_root().obj or {}, progress), **given)
-        write_report(
-            report,
-            Format.JSON if common["json"] else common["format"],
-            quiet=common["quiet"],
-            verbose=common["verbose"],
-        )
+            report = command(_setup(common, shared["trusted-factories"], progress), **given)
+        write_report(report, form, quiet=common["quiet"], verbose=common["verbose"])
         raise typer.Exit(report.exit_code)
 
     keyword = inspect.Parameter.KEYWORD_ONLY
@@ -66,14 +64,14 @@ def reporting(command: Callable[..., Report]) -> Callable[..., None]:
     return run
 
 
-def _setup(common: dict[str, Any], settings: dict[str, Any], progress: Progress) -> Setup:
+def _setup(common: dict[str, Any], trusted_factories: tuple[str, ...], progress: Progress) -> Setup:
     from bnctl.data.synthetic import parse_input
 
     return Setup(
         weights=common["weights"],
         model_args=options.parse_model_args(common["model_arg"]),
         trust=common["trust"],
-        trusted_factories=tuple(settings.get("trusted-factories", ())),
+        trusted_factories=trusted_factories,
         factory=common["factory"],
         inputs=tuple(parse_input(word) for word in common["input"] or ()),
         data=common["data"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,33 +35,68 @@ def read_config(folder: Path) -> tuple[dict[str, Any], Path | None]:
     return {}, None
 
 
-def default_map(settings: dict[str, Any], commands: dict[str, set[str]], path: Path | None) -> dict[str, Any]:
+def trusted_factories(settings: Mapping[str, Any], path: Path | None) -> tuple[str, ...]:
+    """Globs of factories that bundles may name.
+
+    Raises:
+        UsageError: they are not a list of strings.
+    """
+    globs = settings.get("trusted-factories", [])
+    if not isinstance(globs, list) or not all(isinstance(glob, str) for glob in globs):
+        raise UsageError(
+            f"{path}: trusted-factories is not a list of strings", hint='trusted-factories = ["my_code.nets:*"]'
+        )
+    return tuple(globs)
+
+
+def default_map(
+    settings: Mapping[str, Any],
+    commands: Mapping[str, Mapping[str, bool]],
+    path: Path | None,
+    environment: Mapping[str, str],
+) -> dict[str, dict[str, Any]]:
     """Defaults by command, as click takes them. A key outside of a table holds for every command that has such an option.
+
+    Of the environment this reads `BNCTL_OPTION`, which holds for every command that has the option; `BNCTL_COMMAND_OPTION` is read by click and beats it.
+
+    Args:
+        settings: what the file holds.
+        commands: per command its options; true where an option is repeatable.
+        path: the file, for messages.
+        environment: usually `os.environ`.
 
     Raises:
         UsageError: a key that no command knows: a setting that is not read must not look as if it were.
     """
-    general = {k: v for k, v in settings.items() if not isinstance(v, dict) and k not in GLOBAL_KEYS}
-    known = set().union(*commands.values())
-    for key in general:
-        if key.replace("-", "_") not in known:
-            raise UsageError(
-                f"{path}: unknown setting {key!r}", hint="settings are named like the long options: batch-size = 64"
-            )
-    found: dict[str, Any] = {}
+    tables = {key: value for key, value in settings.items() if isinstance(value, dict)}
+    general = {k: v for k, v in settings.items() if k not in tables and k not in GLOBAL_KEYS}
+    for key in sorted(tables.keys() - commands.keys()):
+        raise UsageError(
+            f"{path}: there is no command {key!r}", hint="tables are named like commands: [tool.bnctl.bench]"
+        )
+    everywhere = set().union(*commands.values())
+    _refuse_unknown(
+        general, everywhere, f"{path}: unknown setting", "settings are named like the long options: batch-size = 64"
+    )
+    found = {}
     for command, options in commands.items():
-        own = {**general, **settings.get(command, {})}
-        for key in settings.get(command, {}):
-            if key.replace("-", "_") not in options:
-                raise UsageError(
-                    f"{path}: bnctl {command} has no option {key!r}", hint=f"bnctl {command} --help lists them"
-                )
+        own = tables.get(command, {})
+        _refuse_unknown(own, options, f"{path}: bnctl {command} has no option", f"bnctl {command} --help lists them")
+        values = {key.replace("-", "_"): value for key, value in {**general, **own}.items()}
+        # A repeatable option may be given as one string, which click would take for a list of letters.
         found[command] = {
-            key.replace("-", "_"): value for key, value in own.items() if key.replace("-", "_") in options
+            key: [value] if options[key] and isinstance(value, str) else value
+            for key, value in values.items()
+            if key in options
         }
-    for key, value in settings.items():
-        if isinstance(value, dict) and key not in commands:
-            raise UsageError(
-                f"{path}: there is no command {key!r}", hint="tables are named like commands: [tool.bnctl.bench]"
-            )
+        for key, repeatable in options.items():
+            text = environment.get(f"BNCTL_{key.upper()}")
+            if text:
+                found[command][key] = text.split() if repeatable else text
     return found
+
+
+def _refuse_unknown(given: Mapping[str, Any], known: Collection[str], problem: str, hint: str) -> None:
+    for key in given:
+        if key.replace("-", "_") not in known:
+            raise UsageError(f"{problem} {key!r}", hint=hint)

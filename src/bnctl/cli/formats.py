@@ -2,56 +2,57 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from bnctl.cli.options import Format
+from bnctl.cli.tables import Table, tables
 from bnctl.errors import ExitCode
 
 if TYPE_CHECKING:
     from bnctl.report import Report
 
 
-def render(report: Report, form: Format) -> str:
+def render(report: Report, form: Format, *, verbose: bool = False) -> str:
     """The report in one of the machine-readable text forms, ending in a newline."""
-    return {Format.MARKDOWN: markdown, Format.GITHUB: github, Format.JUNIT: junit}[form](report) + "\n"
+    if form is Format.MARKDOWN:
+        return markdown(report, verbose=verbose) + "\n"
+    return {Format.GITHUB: github, Format.JUNIT: junit}[form](report) + "\n"
 
 
-def markdown(report: Report) -> str:
-    """A heading, the summary, and a table of the layers."""
-    lines = [
-        f"### bnctl {report.command}",
-        "",
-        " · ".join(f"{key} **{value}**" for key, value in _summary(report).items()),
-        "",
-    ]
+def markdown(report: Report, *, verbose: bool = False) -> str:
+    """A heading, the summary, what was verified, and the tables."""
+    parts = [f"### bnctl {report.command}", f"**{report.headline()}**"]
     if report.verification is not None:
-        v = report.verification
-        lines += [
-            f"{'Equal' if v['passed'] else '**Different**'} on {v['samples']} samples, largest relative error {v['max_rel_error']}.",
-            "",
-        ]
-    for gate in report.details.get("gates", ()):
-        lines.append(f"- `{gate['expression']}`: **{gate['verdict']}**, {gate['detail']}")
-    if report.sites:
-        lines += ["| layer | action | into | code | why |", "|---|---|---|---|---|"]
-        lines += [
-            f"| `{s.name}` | {s.action} | {', '.join(s.into)} | {s.code or ''} | {_cell(s.reason)} |"
-            for s in report.sites
-        ]
-    return "\n".join([*lines, *(f"> {note}" for note in report.notes)])
+        parts.append(_verification(report.verification))
+    for table in tables(report, verbose=verbose):
+        parts.append("\n".join([f"#### {_cell(table.title)}", "", *_rows(table)]))
+        if table.rest:
+            parts.append(table.rest)
+    return "\n\n".join([*parts, *(f"> {note}" for note in report.notes)])
+
+
+def _verification(v: Mapping[str, Any]) -> str:
+    word = "Equal" if v["passed"] else "**Different**"
+    if v["max_rel_error"] is None:
+        return f"{word} on {v['samples']} samples."
+    return f"{word} on {v['samples']} samples: largest relative error {v['max_rel_error']:.2g}, tolerance {v['tolerance']:.2g}."
+
+
+def _rows(table: Table) -> list[str]:
+    lines = [
+        [column.heading for column in table.columns],
+        ["--:" if column.right else "---" for column in table.columns],
+        *zip(*(column.cells for column in table.columns), strict=True),
+    ]
+    return ["| " + " | ".join(map(_cell, line)) + " |" for line in lines] if len(lines) > 2 else []
 
 
 def github(report: Report) -> str:
     """Workflow commands: an error where the command failed, a warning per finding, one notice with the summary."""
     lines = []
-    level = (
-        "error"
-        if report.exit_code is ExitCode.FAILED
-        else "warning"
-        if report.exit_code is ExitCode.INCONCLUSIVE
-        else "notice"
-    )
+    level = {ExitCode.OK: "notice", ExitCode.INCONCLUSIVE: "warning"}.get(report.exit_code, "error")
     for gate in report.details.get("gates", ()):
         if gate["verdict"] != "pass":
             kind = "error" if gate["verdict"] == "fail" else "warning"
@@ -63,8 +64,7 @@ def github(report: Report) -> str:
     ]
     if report.verification is not None and not report.verification["passed"]:
         lines.append(f"::error title=bnctl {report.command}::{_message(str(report.verification['reason']))}")
-    summary = " · ".join(f"{key} {value}" for key, value in _summary(report).items())
-    return "\n".join([*lines, f"::{level} title=bnctl {report.command}::{_message(summary)}"])
+    return "\n".join([*lines, f"::{level} title=bnctl {report.command}::{_message(report.headline())}"])
 
 
 def junit(report: Report) -> str:
@@ -89,12 +89,11 @@ def junit(report: Report) -> str:
     return ElementTree.tostring(suite, encoding="unicode")
 
 
-def _summary(report: Report) -> dict[str, object]:
-    return {key: value for key, value in report.summary.items() if not isinstance(value, (list, dict))}
-
-
-def _cell(text: str | None) -> str:
-    return (text or "").replace("|", "\\|").replace("\n", " ")
+def _cell(text: str) -> str:
+    """Text of a model's (names of layers) in a table: it may neither end the cell nor become markup."""
+    for mark in ("\\", "|", "<", "*", "_", "`"):
+        text = text.replace(mark, f"\\{mark}")
+    return text.replace("\n", " ")
 
 
 def _message(text: str) -> str:

@@ -43,16 +43,21 @@ _REPORT = "Report"
 ModelWord = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL", help="model.onnx, model.pt2, a bundle folder, or package.module:callable[@weights]"
+        metavar="MODEL", help="model.onnx, model.pt2, a bundle folder, or package.module:callable\\[@weights]"
     ),
 ]
-Output = Annotated[Path | None, typer.Option("--output", "-o", help="out.onnx, out.pt2, or a folder (a bundle)")]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="PATH", help="out.onnx, out.pt2, or a folder (a bundle)")
+]
 Force = Annotated[bool, typer.Option("--force", help="replace an existing output")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="show the plan, write nothing")]
 Weights = Annotated[
     Path | None,
     typer.Option(
-        "--weights", help="state dict (.safetensors, .pt) for factories that name none", rich_help_panel=_MODEL
+        "--weights",
+        metavar="FILE",
+        help="state dict (.safetensors, .pt) for factories that name none",
+        rich_help_panel=_MODEL,
     ),
 ]
 ModelArgs = Annotated[
@@ -66,7 +71,9 @@ ModelArgs = Annotated[
 ]
 Factory = Annotated[
     str | None,
-    typer.Option("--factory", help="build bundles with this instead of what they name", rich_help_panel=_MODEL),
+    typer.Option(
+        "--factory", metavar="WORD", help="build bundles with this instead of what they name", rich_help_panel=_MODEL
+    ),
 ]
 Trust = Annotated[
     bool, typer.Option("--trust", help="let .pt2 archives and bundles run code that they bring", rich_help_panel=_MODEL)
@@ -76,8 +83,9 @@ Threads = Annotated[
     int,
     typer.Option(
         "--threads",
+        metavar="N",
         min=1,
-        help="intra-op threads; 0 is not allowed, so that figures can be compared",
+        help="intra-op threads of each model",
         rich_help_panel=_MODEL,
     ),
 ]
@@ -93,23 +101,34 @@ Input = Annotated[
 Data = Annotated[
     str | None,
     typer.Option(
-        "--data", help="folder/, file.npz, package.module:loader, or random:N with --input", rich_help_panel=_DATA
+        "--data",
+        metavar="WORD",
+        help="folder/, file.npz, package.module:loader, or random:N with --input",
+        rich_help_panel=_DATA,
     ),
 ]
 Preprocess = Annotated[
     Path | None,
-    typer.Option("--preprocess", help="JSON: resize, crop, mean, std, channel order", rich_help_panel=_DATA),
+    typer.Option(
+        "--preprocess", metavar="FILE", help="JSON: resize, crop, mean, std, channel order", rich_help_panel=_DATA
+    ),
 ]
-BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="samples per batch", rich_help_panel=_DATA)]
+BatchSize = Annotated[
+    int, typer.Option("--batch-size", metavar="N", min=1, help="samples per batch", rich_help_panel=_DATA)
+]
 Limit = Annotated[
-    int | None, typer.Option("--limit", min=1, help="use at most this many samples", rich_help_panel=_DATA)
+    int | None, typer.Option("--limit", metavar="N", min=1, help="use at most this many samples", rich_help_panel=_DATA)
 ]
-Seed = Annotated[int, typer.Option("--seed", help="of synthetic data and random orders", rich_help_panel=_DATA)]
+Seed = Annotated[
+    int, typer.Option("--seed", metavar="N", help="of synthetic data and random orders", rich_help_panel=_DATA)
+]
 Where = Annotated[list[str] | None, typer.Option("--where", metavar="GLOB", help="only these layers; repeatable")]
 Skip = Annotated[list[str] | None, typer.Option("--skip", metavar="GLOB", help="not these layers; repeatable")]
 Tolerance = Annotated[
     float | None,
-    typer.Option("--tolerance", min=0.0, help="largest relative error that counts as equal; default from the dtype"),
+    typer.Option(
+        "--tolerance", metavar="X", min=0.0, help="largest relative error that counts as equal; default from the dtype"
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="the same as --format json", rich_help_panel=_REPORT)]
 FormatOption = Annotated[

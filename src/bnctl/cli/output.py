@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,24 +18,40 @@ if TYPE_CHECKING:
 
 
 def write_report(report: Report, form: Format, *, quiet: bool, verbose: bool) -> None:
-    """Write a report to stdout in the form that was asked for; nothing for a person who wants quiet."""
-    if form is Format.JSON:
-        write_json(report.to_dict())
-    elif form is not Format.HUMAN:
-        from bnctl.cli.formats import render
+    """Write a report to stdout in the form that was asked for; nothing for a person who wants quiet.
 
-        sys.stdout.write(render(report, form))
-    elif not quiet:
-        from rich.console import Console
+    A reader that leaves early, as in `bnctl check ... | head`, does not change how the process ends.
+    """
+    try:
+        if form is Format.JSON:
+            write_json(report.to_dict())
+        elif form is not Format.HUMAN:
+            from bnctl.cli.formats import render
 
-        from bnctl.cli.render import show
+            sys.stdout.write(render(report, form, verbose=verbose))
+        elif not quiet:
+            _show(report, verbose=verbose)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is still in the buffer would raise again at the end of the process.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-        show(report, Console(), verbose=verbose)
+
+def _show(report: Report, *, verbose: bool) -> None:
+    from rich.console import Console
+
+    from bnctl.cli.render import show
+
+    class Plain(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # rich would end the process with 1, which means something else here
+
+    show(report, Plain(), verbose=verbose)
 
 
 def write_json(document: dict[str, Any]) -> None:
     """One JSON document; NaN and infinity, which JSON lacks, were replaced before."""
-    sys.stdout.write(json.dumps(document, indent=2, allow_nan=False, default=str) + "\n")
+    sys.stdout.write(json.dumps(document, indent=2, allow_nan=False) + "\n")
 
 
 def write_error(error: BnctlError, *, as_json: bool, command: str) -> None:
@@ -42,29 +59,31 @@ def write_error(error: BnctlError, *, as_json: bool, command: str) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    console = Console(stderr=True)
     text = Text("error: ", style="bold red").append(error.message, style="default not bold")
     if error.hint:
         text.append("\n hint: ", style="bold").append(error.hint, style="default not bold")
-    console.print(text)
+    # The terminal wraps by itself; a path with a line break in it could be neither copied nor searched for.
+    Console(stderr=True).print(text, soft_wrap=True)
     if as_json:
-        from bnctl import __version__
-        from bnctl.report import SCHEMA_VERSION
+        write_json(_error_document(error, command))
 
-        write_json(
-            {
-                "schema_version": SCHEMA_VERSION,
-                "command": command,
-                "bnctl": __version__,
-                "error": {
-                    "kind": type(error).__name__,
-                    "message": error.message,
-                    "hint": error.hint,
-                    "exit_code": int(error.exit_code),
-                },
-                "verification": getattr(error, "verification", None),
-            }
-        )
+
+def _error_document(error: BnctlError, command: str) -> dict[str, Any]:
+    from bnctl import __version__
+    from bnctl.report import SCHEMA_VERSION
+
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "command": command,
+        "bnctl": __version__,
+        "error": {
+            "kind": type(error).__name__,
+            "message": error.message,
+            "hint": error.hint,
+            "exit_code": int(error.exit_code),
+        },
+        "verification": getattr(error, "verification", None),
+    }
 
 
 @contextmanager

@@ -20,15 +20,11 @@ def run_check(word: str, setup: Setup) -> Report:
     findings = []
     for site in report.sites:
         if site.action == "foldable":
-            findings.append(
-                replace(site, action="finding", code="BN401", reason=f"can be folded into {', '.join(site.into)}")
-            )
+            findings.append(_finding(site, "BN401", f"can be folded into {', '.join(site.into)}"))
         elif site.code in {"BN105", "BN115"}:
-            findings.append(replace(site, action="finding"))
-        if site.details.get("zero_scales"):
-            findings.append(
-                Site(site.name, "finding", (), "BN402", f"{site.details['zero_scales']} channels have scale 0")
-            )
+            findings.append(_finding(site, site.code, site.reason))
+        if zeros := site.details.get("zero_scales"):
+            findings.append(_finding(site, "BN402", f"scale 0 in {zeros} of {site.details['channels']} channels"))
     return replace(
         report,
         command="check",
@@ -37,3 +33,7 @@ def run_check(word: str, setup: Setup) -> Report:
         details={},
         exit_code=ExitCode.FAILED if findings else ExitCode.OK,
     )
+
+
+def _finding(site: Site, code: str | None, reason: str | None) -> Site:
+    return Site(site.name, "finding", (), code, reason)

@@ -48,7 +48,7 @@ class Step:
     run: Callable[[], Report]
 
 
-def run_demo(folder: Path, *, force: bool, progress: Progress) -> ExitCode:
+def run_demo(folder: Path, *, force: bool, progress: Progress, quiet: bool = False) -> ExitCode:
     """Inspect, insert, fold, recalibrate, export, verify and bench, on digits; print each step, then one table.
 
     Returns:
@@ -60,7 +60,7 @@ def run_demo(folder: Path, *, force: bool, progress: Progress) -> ExitCode:
     from rich.console import Console
 
     _prepare(folder, force=force)
-    console = Console()
+    console = Console(quiet=quiet)
     worst = ExitCode.OK
     for number, step in enumerate(_steps(folder, progress), start=1):
         console.print(f"\n[bold]{number}. {step.says}[/bold]", highlight=False)
@@ -149,8 +149,7 @@ def _short(word: str) -> str:
 
 
 def _tell(report: Report, console: Console) -> None:
-    counts = " · ".join(f"{key} {value}" for key, value in report.summary.items())
-    console.print(f"   {counts} · {report.elapsed_s:.1f} s", highlight=False)
+    console.print(f"   {report.headline()} · {report.elapsed_s:.1f} s", highlight=False)
     if report.verification is not None:
         v = report.verification
         word = "[green]equal[/green]" if v["passed"] else "[bold red]different[/bold red]"

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from bnctl.data.batches import Batch
     from bnctl.data.synthetic import InputSpec
     from bnctl.models.model import Model
+    from bnctl.models.spec import ModelWord
 
 Progress = Callable[[str, int, int | None], None]
 """Called with what is being done, how far it is, and out of how much (None where nobody knows)."""
@@ -60,17 +61,41 @@ class Setup:
 
     def open(self, word: str) -> Model:
         """Open a model."""
-        from bnctl.models.open import open_model
-        from bnctl.models.spec import FactoryWord, parse_model_word
+        return self.open_all(word)[0]
 
-        parsed = parse_model_word(word, weights=self.weights)
-        return open_model(
-            parsed,
-            model_args=self.model_args if isinstance(parsed, FactoryWord) else {},
-            trust=self.trust,
-            trusted_factories=self.trusted_factories,
-            factory=self.factory,
+    def open_all(self, *words: str) -> tuple[Model, ...]:
+        """Open all models of a command line."""
+        from bnctl.models.open import open_model
+        from bnctl.models.spec import BundleWord, FactoryWord
+
+        return tuple(
+            open_model(
+                word,
+                model_args=self.model_args if isinstance(word, FactoryWord) else {},
+                trust=self.trust,
+                trusted_factories=self.trusted_factories,
+                factory=self.factory if isinstance(word, BundleWord) else None,
+            )
+            for word in self.parse(*words)
         )
+
+    def parse(self, *words: str) -> tuple[ModelWord, ...]:
+        """Parse all MODEL words of a command line.
+
+        Raises:
+            UsageError: `weights`, `model_args` or `factory` are given, and no model here takes them.
+            ModelError: a word names no model.
+        """
+        from bnctl.models.spec import BundleWord, FactoryWord, parse_model_words
+
+        parsed = parse_model_words(words, weights=self.weights)
+        if self.model_args and not any(isinstance(word, FactoryWord) for word in parsed):
+            raise UsageError(
+                "--model-arg: no model here is built by a factory", hint="it goes to package.module:callable"
+            )
+        if self.factory is not None and not any(isinstance(word, BundleWord) for word in parsed):
+            raise UsageError("--factory: no model here is a bundle", hint="give the factory itself as the MODEL")
+        return parsed
 
     def batches(self) -> Iterable[Batch]:
         """The data.

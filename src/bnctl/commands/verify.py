@@ -21,7 +21,7 @@ def run_verify(baseline: str, candidate: str, setup: Setup, *, tolerance: float 
     from bnctl.verify import compare_runners
 
     started = time.perf_counter()
-    before, after = setup.open(baseline), setup.open(candidate)
+    before, after = setup.open_all(baseline, candidate)
     first, second = open_runner(before, device=setup.device), open_runner(after, device=setup.device)
 
     example = setup.example(before)
@@ -41,7 +41,6 @@ def run_verify(baseline: str, candidate: str, setup: Setup, *, tolerance: float 
         verification=verification.to_dict(),
         details={"candidate": {"path": after.word, "sha256": after.sha256}},
         summary={"passed": verification.passed},
-        notes=() if verification.note is None else (verification.note,),
         exit_code=ExitCode.OK if verification.passed else ExitCode.FAILED,
         elapsed_s=time.perf_counter() - started,
     )

@@ -109,7 +109,10 @@ def load_bundle(
     try:
         manifest = parse_manifest(document.decode(), root / BUNDLE_JSON)
     except UnicodeDecodeError as error:
-        raise ModelError(f"{root / BUNDLE_JSON} is not UTF-8 text") from error
+        raise ModelError(
+            f"{root / BUNDLE_JSON} is not UTF-8 text",
+            hint="the bundle is damaged or was edited: write it again with bnctl",
+        ) from error
     origin = manifest.origin
     own = was_written_here(hashlib.sha256(document).hexdigest(), origin.factory)
     if not (trust or factory is not None or own):
@@ -138,7 +141,10 @@ def _write_state(path: Path, module: nn.Module, ties: Mapping[str, str]) -> None
     storages: set[int] = set()
     for name, value in module.state_dict().items():
         if not isinstance(value, torch.Tensor):
-            raise ModelError(f"{name} is a {type(value).__name__}: a bundle holds tensors only")
+            raise ModelError(
+                f"{name} is a {type(value).__name__}: a bundle holds tensors only",
+                hint="leave values that are not tensors out of the state dict",
+            )
         if name in ties:
             continue
         try:
@@ -148,11 +154,13 @@ def _write_state(path: Path, module: nn.Module, ties: Mapping[str, str]) -> None
             stored[name] = tensor.clone() if address in storages else tensor
             storages.add(address)
         except (RuntimeError, NotImplementedError) as error:
-            raise ModelError(f"{name} cannot be stored: {error}") from error
+            raise ModelError(f"{name} cannot be stored: {error}", hint="write it as .pt2 or .onnx") from error
     try:
         save_file(stored, path, metadata={"format": "pt"})
     except Exception as error:  # sparse and quantised tensors each fail in their own way
-        raise ModelError(f"the tensors of {type(module).__name__} cannot be stored: {error}") from error
+        raise ModelError(
+            f"the tensors of {type(module).__name__} cannot be stored: {error}", hint="write it as .pt2 or .onnx"
+        ) from error
 
 
 def _read_state(path: Path, sha256: str) -> dict[str, torch.Tensor]:
@@ -167,12 +175,18 @@ def _read_state(path: Path, sha256: str) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ModelError(f"{path} is not a whole safetensors file: {error}") from error
+        raise ModelError(
+            f"{path} is not a whole safetensors file: {error}",
+            hint="the bundle is damaged or was edited: write it again with bnctl",
+        ) from error
 
 
 def _restore(module: nn.Module, state: Mapping[str, torch.Tensor], manifest: Manifest, root: Path) -> None:
     if unknown := [name for name in manifest.ties.values() if name not in state]:
-        raise ModelError(f"{root / BUNDLE_JSON}: {unknown[0]} is tied to, and is not in {STATE_FILE}")
+        raise ModelError(
+            f"{root / BUNDLE_JSON}: {unknown[0]} is tied to, and is not in {STATE_FILE}",
+            hint="the bundle is damaged or was edited: write it again with bnctl",
+        )
     whole = {**state, **{name: state[first] for name, first in manifest.ties.items()}}
     check_fit(module, whole, str(root))
     # assign: the tensors come as they were stored (their dtype too), each in a parameter of its own; then what was tied is tied.
@@ -197,6 +211,9 @@ def _cast_buffer(module: nn.Module, name: str, dtype: str, root: Path) -> None:
     buffer = named_tensors(module).get(name)
     wanted = getattr(torch, dtype, None)
     if buffer is None or not isinstance(wanted, torch.dtype):
-        raise ModelError(f"{root}: the module has no buffer {name} of dtype {dtype}")
+        raise ModelError(
+            f"{root}: the module has no buffer {name} of dtype {dtype}",
+            hint="build the bundle with the factory it was written with",
+        )
     if buffer.dtype != wanted:
         set_tensor(module, name, buffer.to(wanted))

@@ -44,13 +44,22 @@ def resolve_factory(factory: str) -> Callable[..., Any]:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a module that calls sys.exit() must not end bnctl with its status
-        raise ModelError(f"{factory}: importing {module_name} failed: {_cause(error)}") from error
+        raise ModelError(
+            f"{factory}: importing {module_name} failed: {_cause(error)}",
+            hint="the cause is in that module: import it in Python to see where",
+        ) from error
     for name in attr.split("."):
         if not hasattr(found, name):
-            raise ModelError(f"{factory}: {module_name} has no {attr}", hint=_near(found, name))
+            raise ModelError(
+                f"{factory}: {module_name} has no {attr}",
+                hint=_near(found, name) or "name a function or class of that module",
+            )
         found = getattr(found, name)
     if not callable(found):
-        raise ModelError(f"{factory} is a {type(found).__name__}, not something to call")
+        raise ModelError(
+            f"{factory} is a {type(found).__name__}, not something to call",
+            hint="name a function or class that returns the model",
+        )
     return found  # type: ignore[no-any-return]
 
 
@@ -92,13 +101,17 @@ def load_weights(module: nn.Module, path: Path) -> None:
     try:
         module.load_state_dict(dict(state))
     except RuntimeError as error:
-        raise ModelError(f"{path} does not load: {_cause(error)}") from error
+        raise ModelError(
+            f"{path} does not load: {_cause(error)}", hint="give the weights that were saved from this model"
+        ) from error
 
 
 def _with_counters(module: nn.Module, state: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
     """Add the batch counters that weights from before torch 0.4.1, and from other frameworks, do not have; inference never reads them."""
-    counters = {name: value for name, value in module.state_dict().items() if name.endswith("num_batches_tracked")}
-    return {**counters, **state}
+    own = module.state_dict()
+    if not any(name in own for name in state):
+        return state  # these are somebody else's names: let the check say so
+    return {**{name: value for name, value in own.items() if name.endswith("num_batches_tracked")}, **state}
 
 
 def read_state_dict(path: Path) -> Mapping[str, torch.Tensor]:
@@ -150,7 +163,10 @@ def _read_safetensors(path: Path) -> Any:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is not a whole safetensors file: {_cause(error)}") from error
+        raise ModelError(
+            f"{path} is not a whole safetensors file: {_cause(error)}",
+            hint="the file is damaged, or not of this kind: write it again",
+        ) from error
 
 
 def _read_pickle(path: Path) -> Any:
@@ -166,7 +182,10 @@ def _read_pickle(path: Path) -> Any:
             hint="save only the tensors: torch.save(model.state_dict(), path), or a .safetensors file",
         ) from error
     except Exception as error:
-        raise ModelError(f"{path} is not a whole weight file: {_cause(error)}") from error
+        raise ModelError(
+            f"{path} is not a whole weight file: {_cause(error)}",
+            hint="the file is damaged, or not of this kind: write it again",
+        ) from error
 
 
 def _all_tensors(content: Mapping[Any, Any]) -> bool:

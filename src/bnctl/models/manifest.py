@@ -87,9 +87,14 @@ def parse_manifest(text: str, path: Path) -> Manifest:
     try:
         content = json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not JSON: {error}") from error
+        raise ModelError(
+            f"{path} is not JSON: {error}", hint="the bundle is damaged or was edited: write it again with bnctl"
+        ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ModelError(f'{path} is not the manifest of a bundle: its "format" is not "{FORMAT}"')
+        raise ModelError(
+            f'{path} is not the manifest of a bundle: its "format" is not "{FORMAT}"',
+            hint="the bundle is damaged or was edited: write it again with bnctl",
+        )
     version = content.get("format_version")
     if version != FORMAT_VERSION:
         raise ModelError(
@@ -100,7 +105,8 @@ def parse_manifest(text: str, path: Path) -> Manifest:
         value = content.get(name, default)
         if not isinstance(value, kinds):
             raise ModelError(
-                f'{path}: "{name}" is {type(value).__name__}, not {" or ".join(k.__name__ for k in kinds)}'
+                f'{path}: "{name}" is {type(value).__name__}, not {" or ".join(k.__name__ for k in kinds)}',
+                hint="the bundle is damaged or was edited: write it again with bnctl",
             )
         return value
 
@@ -108,11 +114,17 @@ def parse_manifest(text: str, path: Path) -> Manifest:
     edits, frozen = get("edits", list, default=[]), get("frozen", list, default=[])
     ties, dtypes = get("ties", dict, default={}), get("buffer_dtypes", dict, default={})
     if not all(isinstance(edit, dict) for edit in edits):
-        raise ModelError(f'{path}: "edits" may hold only objects')
+        raise ModelError(
+            f'{path}: "edits" may hold only objects',
+            hint="the bundle is damaged or was edited: write it again with bnctl",
+        )
     _check_names([*frozen, *ties, *ties.values(), *dtypes], path)
     digest = get("state_sha256", str)
     if not _SHA256.fullmatch(digest):
-        raise ModelError(f'{path}: "state_sha256" is not a SHA-256')
+        raise ModelError(
+            f'{path}: "state_sha256" is not a SHA-256',
+            hint="the bundle is damaged or was edited: write it again with bnctl",
+        )
     return Manifest(
         origin=Origin(get("factory", str), get("args", dict, default={}), tuple(edits), get("weights", str, none)),
         state_sha256=digest,
@@ -129,7 +141,10 @@ def parse_manifest(text: str, path: Path) -> Manifest:
 def _check_names(names: list[Any], path: Path) -> None:
     for name in names:
         if not isinstance(name, str) or not _TENSOR_NAME.fullmatch(name):
-            raise ModelError(f"{path}: {name!r} is not the name of a tensor")
+            raise ModelError(
+                f"{path}: {name!r} is not the name of a tensor",
+                hint="the bundle is damaged or was edited: write it again with bnctl",
+            )
 
 
 def _no_constant(name: str) -> Mapping[str, Any]:

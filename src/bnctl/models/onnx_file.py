@@ -58,7 +58,10 @@ def load_onnx(path: str | os.PathLike[str]) -> onnx_ir.Model:
         # The absolute folder: with an empty one, onnx-ir would skip its own checks when it maps the file.
         onnx_ir.external_data.set_base_dir(model.graph, folder)
     except Exception as error:
-        raise ModelError(f"{file} is not a valid ONNX model: {type(error).__name__}: {error}") from error
+        raise ModelError(
+            f"{file} is not a valid ONNX model: {type(error).__name__}: {error}",
+            hint="the file is damaged, or not of this kind: write it again",
+        ) from error
     return model
 
 
@@ -89,7 +92,10 @@ def save_onnx(
         try:
             onnx_ir.save(model, folder / target.name, external_data=data.name if external else None)
         except (OSError, ValueError, TypeError) as error:
-            raise ModelError(f"{target} cannot be written: {type(error).__name__}: {error}") from error
+            raise ModelError(
+                f"{target} cannot be written: {type(error).__name__}: {error}",
+                hint="is there room on the disk, and may you write there? Nothing was written",
+            ) from error
         if check is not None:
             check(folder / target.name)
         for output in outputs:

@@ -39,7 +39,10 @@ def open_model(
     """
     parsed = parse_model_word(word, weights=weights) if isinstance(word, str) else word
     if factory is not None and not isinstance(parsed, BundleWord):
-        raise UsageError(f"{parsed.word} is not a bundle, so there is no factory to replace")
+        raise UsageError(
+            f"{parsed.word} is not a bundle, so there is no factory to replace",
+            hint="give the factory itself as the MODEL",
+        )
     match parsed:
         case OnnxWord():
             return _open_onnx(parsed)

@@ -91,7 +91,9 @@ def _checked_entries(archive: Pt2Zip) -> dict[str, bytes | None]:
                 f"{archive.path}: {name} is not {content.decode()!r}", hint="use the torch that wrote the file"
             )
     if "byteorder" in archive.entries and archive.read("byteorder") != _PLAIN["byteorder"]:
-        raise ModelError(f"{archive.path}: its tensors are not little-endian")
+        raise ModelError(
+            f"{archive.path}: its tensors are not little-endian", hint="write it on a little-endian machine"
+        )
     for name in _PICKLED_PAYLOADS:
         if name in archive.entries:
             raise UntrustedError(f"{archive.path}: {name} is a pickle of tensors in an older format", hint=TRUST_HINT)
@@ -113,7 +115,10 @@ def _payload_files(archive: Pt2Zip, folder: str, config: bytes) -> list[str]:
         sizes = [size.get("as_int") for size in payload["tensor_meta"]["sizes"]]
         # torch makes up zeros for an entry without bytes, however many the shape asks for.
         if not archive.entry(name).file_size and None not in sizes and math.prod(sizes):
-            raise ModelError(f"{archive.path}: {tensor} has no values ({name} is empty)")
+            raise ModelError(
+                f"{archive.path}: {tensor} has no values ({name} is empty)",
+                hint="the archive is damaged, or of a version that bnctl does not know: write it again with torch.export.save",
+            )
         names.append(name)
     return names
 
@@ -166,4 +171,7 @@ def _write_copy(archive: Pt2Zip, entries: Mapping[str, bytes | None], path: Path
                 ):
                     copyfileobj(old, new, 1 << 20)
             except (zipfile.BadZipFile, EOFError) as error:
-                raise ModelError(f"{archive.path}: {name} is damaged ({error})") from error
+                raise ModelError(
+                    f"{archive.path}: {name} is damaged ({error})",
+                    hint="the archive is damaged, or of a version that bnctl does not know: write it again with torch.export.save",
+                ) from error

@@ -75,7 +75,10 @@ def clean_document(cls: type, text: bytes, where: str) -> bytes:
     try:
         return json.dumps(_clean(cls, json.loads(text), where)).encode()
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{where} is not JSON that can be read: {error}") from error
+        raise ModelError(
+            f"{where} is not JSON that can be read: {error}",
+            hint="the archive is damaged, or of a version that bnctl does not know: write it again with torch.export.save",
+        ) from error
 
 
 def is_identifier(value: object) -> bool:
@@ -116,7 +119,10 @@ def _clean(kind: Any, data: Any, where: str, check: Callable[[str, str], None] |
 def _clean_object(cls: type, data: Mapping[str, Any], where: str) -> dict[str, Any]:
     hints, union = _fields(cls)
     if union and (len(data) != 1 or next(iter(data)) not in hints):
-        raise ModelError(f"{where}: {sorted(data)} is not one of the cases of {cls.__name__}")
+        raise ModelError(
+            f"{where}: {sorted(data)} is not one of the cases of {cls.__name__}",
+            hint="the archive is damaged, or of a version that bnctl does not know: write it again with torch.export.save",
+        )
     cleaned: dict[str, Any] = {}
     for name, value in data.items():
         place = f"{where}.{name}"
@@ -151,7 +157,10 @@ def _fields(cls: type) -> tuple[dict[str, Any], bool]:
 def _typed(data: Any, kind: type | tuple[type, ...], where: str) -> Any:
     # A bool is an int in Python, and not here.
     if not isinstance(data, kind) or (isinstance(data, bool) and kind is not bool):
-        raise ModelError(f"{where} is a {type(data).__name__}, which the format does not have there")
+        raise ModelError(
+            f"{where} is a {type(data).__name__}, which the format does not have there",
+            hint="the archive is damaged, or of a version that bnctl does not know: write it again with torch.export.save",
+        )
     return data
 
 
@@ -208,7 +217,10 @@ def _check_tree(text: str, where: str, *, keys: Callable[[object], bool]) -> Non
 
 def _check_branch(node: Any, where: str, keys: Callable[[object], bool]) -> None:
     if not isinstance(node, dict) or set(node) != {"type", "context", "children_spec"}:
-        raise ModelError(f"{where} is not a tree specification")
+        raise ModelError(
+            f"{where} is not a tree specification",
+            hint="the archive is damaged, or of a version that bnctl does not know: write it again with torch.export.save",
+        )
     kind, context, children = node["type"], node["context"], _typed(node["children_spec"], list, where)
     if kind is None:
         harmless = context is None and not children

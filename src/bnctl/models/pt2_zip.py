@@ -42,7 +42,10 @@ class Pt2Zip:
         try:
             return self.zip.read(self.entry(name))
         except (zipfile.BadZipFile, OSError, EOFError, struct.error) as error:
-            raise ModelError(f"{self.path}: {name} is damaged ({error})") from error
+            raise ModelError(
+                f"{self.path}: {name} is damaged ({error})",
+                hint="the archive is damaged, or of a version that bnctl does not know: write it again with torch.export.save",
+            ) from error
 
     def entry(self, name: str) -> zipfile.ZipInfo:
         """The directory entry called `name`.

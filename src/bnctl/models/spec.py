@@ -123,7 +123,7 @@ def require_file(path: Path) -> Path:
     if path.is_file():
         return path
     if path.exists():
-        raise ModelError(f"{path} is not a regular file")
+        raise ModelError(f"{path} is not a regular file", hint="give a file that is not a device, a pipe or a socket")
     raise ModelError(f"{path}: no such file", hint=_near(path) or _KINDS)
 
 

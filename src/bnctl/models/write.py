@@ -89,7 +89,7 @@ def atomic_path(path: str | os.PathLike[str], *, force: bool = False) -> Iterato
         new = folder / target.name
         yield new
         if not new.exists():
-            raise ModelError(f"nothing was written for {target}")
+            raise ModelError(f"nothing was written for {target}", hint="please report this")
         publish(new, target, force=force)
 
 

@@ -36,10 +36,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class _Native:
-    """A copy of the module to work on, and its lifted graph."""
+    """A copy of the module to work on, its lifted graph, and the mode in which each submodule came."""
 
     module: nn.Module
     lifted: Lifted
+    modes: Mapping[str, bool]
 
 
 class TorchEngine:
@@ -61,6 +62,7 @@ class TorchEngine:
                 f"{model.word} has parameters that are not initialised yet", hint="run the model once on real inputs"
             )
         module = copy_module(given, model.word)
+        modes = {name: part.training for name, part in module.named_modules()}
         if module.training:
             module.eval()
         args, kwargs = as_tensors(batch, module)
@@ -73,7 +75,7 @@ class TorchEngine:
                     hint="give the shapes that the model takes with --input, or real data with --data",
                 ) from error
         lifted = lift(trace)
-        return Captured(model, lifted.graph, _Native(module, lifted))
+        return Captured(model, lifted.graph, _Native(module, lifted, modes))
 
     def fold(self, captured: Captured, plan: FoldPlan) -> Model:
         """Fold on the copy that was captured; call it once."""
@@ -105,7 +107,7 @@ class TorchEngine:
             norm = inserted_norm(module.get_submodule(site.name))
             assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
             _make_identity(norm, moments[site.name])
-        _restore_mode(module, captured.model.native)
+        _restore_mode(module, captured.native.modes)
         return _edited(captured.model, module, edits)
 
 
@@ -184,7 +186,7 @@ def _make_identity(norm: nn.modules.batchnorm._BatchNorm, moments: Moments) -> N
         norm.bias.copy_(torch.from_numpy(beta))
 
 
-def _restore_mode(module: nn.Module, original: Any) -> None:
-    modes = {name: m.training for name, m in original.named_modules()}
+def _restore_mode(module: nn.Module, modes: Mapping[str, bool]) -> None:
+    """Each submodule gets its mode back; an inserted norm has that of its layer."""
     for name, part in module.named_modules():
-        part.training = modes.get(name, modes.get(name.rpartition(".")[0], original.training))
+        part.training = modes.get(name, modes.get(name.rpartition(".")[0], modes[""]))

@@ -28,7 +28,7 @@ from bnctl.engines.torch.recalibration.schedules import (
     solve,
 )
 from bnctl.engines.torch.recalibration.sites import Site, SiteTable, frozen_on_purpose
-from bnctl.engines.torch.recalibration.statistics import CODES, NOT_CONVERGED, SiteStatistics, count_dead, drift
+from bnctl.engines.torch.recalibration.statistics import NOT_CONVERGED, SiteStatistics, count_dead, drift
 from bnctl.engines.torch.recalibration.workbench import Feed, Tally, Workbench, copied
 from bnctl.errors import ModelError, UsageError
 from bnctl.selection import Selection
@@ -36,7 +36,7 @@ from bnctl.selection import Selection
 if TYPE_CHECKING:
     from bnctl.data.batches import Batch
 
-__all__ = ["CODES", "Method", "SiteStatistics", "recalibrate"]
+__all__ = ["Method", "SiteStatistics", "recalibrate"]
 
 Method = Literal["exact", "batch"]
 
@@ -151,8 +151,9 @@ def _exact_round(bench: Workbench, selection: Selection, memory_bytes: int | Non
 
 
 def _paused_bytes(bench: Workbench, feed: Feed) -> int:
-    """Most bytes that a forward of this batch holds while it waits at a site; from one run with the old statistics."""
-    live = LiveStorages(feed.tensors())
+    """Most bytes that a forward of this batch holds while it waits at a site, and the batch; from one run with the old statistics."""
+    inputs = feed.tensors()
+    live = LiveStorages((*inputs, *bench.model.parameters(), *bench.model.buffers()))
     most = 0
 
     def look(site: Site, call: NormCall) -> None:
@@ -160,7 +161,7 @@ def _paused_bytes(bench: Workbench, feed: Feed) -> int:
         most = max(most, live.size_bytes())
 
     bench.run(feed, look, live)
-    return most
+    return most + sum(tensor.nbytes for tensor in inputs)
 
 
 def _with_statistics(model: nn.Module, tally: Tally) -> nn.Module:

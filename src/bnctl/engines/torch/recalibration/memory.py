@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +17,24 @@ DEFAULT_SHARE = 0.5
 
 
 class LiveStorages(TorchDispatchMode):
-    """Knows which tensors made under it are still alive.
+    """Knows which storages that were made under it are still alive.
 
     Args:
-        inputs: tensors that are alive from the start, such as the batch.
+        known: tensors from before, such as inputs and parameters: views of them are not counted.
     """
 
-    def __init__(self, inputs: list[torch.Tensor]) -> None:
+    def __init__(self, known: Iterable[torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._known = {tensor.untyped_storage().data_ptr() for tensor in known}
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._add(inputs)
-
-    def _add(self, tensors: list[Any]) -> None:
-        for tensor in tensors:
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                self._alive[storage.data_ptr()] = (StorageWeakRef(storage), storage.nbytes())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        self._add(tree_leaves(result))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in self._known:
+                    self._alive[storage.data_ptr()] = (StorageWeakRef(storage), storage.nbytes())
         return result
 
     def size_bytes(self) -> int:

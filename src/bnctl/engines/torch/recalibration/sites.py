@@ -182,6 +182,7 @@ def frozen_on_purpose(model: nn.Module) -> frozenset[str]:
 
 
 def _reasons_unless_met(model: nn.Module) -> Iterator[tuple[str, tuple[str, str]]]:
+    unique = {_name(path) for path, _ in model.named_buffers()}  # tied statistics under their first name only
     for name, layer in model.named_modules():
         holds = name or _MEAN
         if isinstance(layer, nn.modules.batchnorm._NormBase) and layer.running_mean is None:
@@ -189,7 +190,7 @@ def _reasons_unless_met(model: nn.Module) -> Iterator[tuple[str, tuple[str, str]
                 yield holds, (NO_STATISTICS, "track_running_stats=False")
         elif _MEAN in layer._buffers and "weight" in layer._buffers:
             yield holds, (FROZEN, f"{type(layer).__name__}: statistics and weights are constants")
-        elif layer._buffers.get(_MEAN) is not None:
+        elif layer._buffers.get(_MEAN) is not None and holds in unique:
             yield holds, _UNREACHED
 
 

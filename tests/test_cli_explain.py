@@ -1,0 +1,76 @@
+"""Reason codes: one table, which the source and `bnctl explain` agree on; and errors that all name a next step."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import bnctl
+from bnctl.codes import CODES
+
+SOURCE = Path(bnctl.__file__).parent
+FILES = sorted(SOURCE.rglob("*.py"))
+ERRORS = {
+    "UsageError",
+    "InputError",
+    "ModelError",
+    "DataError",
+    "UntrustedError",
+    "OverflowInFoldError",
+    "EquivalenceError",
+}
+
+
+def codes_in(text: str) -> set[str]:
+    return set(re.findall(r"\bBN[1-9][0-9]{2}\b", text))
+
+
+def without_hint(text: str) -> list[int]:
+    """Lines that make an error without a next step."""
+    calls = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
+    return [c.lineno for c in calls if c.func.id in ERRORS and not any(k.arg in ("hint", None) for k in c.keywords)]
+
+
+@pytest.mark.parametrize("code", CODES.values(), ids=lambda code: code.id)
+def test_every_code_says_what_why_and_what_to_do(code, cli):
+    assert code.title
+    assert len(code.why) > 20
+    assert code.remedy.endswith(".")
+    ended = cli("explain", code.id.lower())
+    assert ended.code == 0
+    assert code.title in ended.out
+    assert "What to do:" in ended.out
+
+
+def test_the_list_has_all(cli):
+    ended = cli("explain")
+    assert codes_in(ended.out) == CODES.keys()
+    assert len(ended.out.splitlines()) == len(CODES)
+
+
+def test_the_table_and_the_source_agree():
+    used = set().union(*(codes_in(f.read_text()) for f in FILES if f.name != "codes.py"))
+    assert used - CODES.keys() == set(), "codes that explain does not know"
+    assert CODES.keys() - used == set(), "codes that nothing raises"
+
+
+def test_codes_are_found_in_text():
+    assert codes_in('code="BN101", BN999 and BN9999, ABN101') == {"BN101", "BN999"}
+
+
+def test_unknown_codes_come_with_near_ones(cli):
+    ended = cli("explain", "BN1O1")
+    assert ended.code == 2
+    assert "BN101" in ended.err
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_every_error_names_the_next_step(path):
+    assert without_hint(path.read_text()) == []
+
+
+def test_errors_without_hint_are_found():
+    assert without_hint('raise UsageError("no")\nraise UsageError("no", hint="do")') == [1]
