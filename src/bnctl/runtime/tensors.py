@@ -27,7 +27,7 @@ def as_tensors(
 
     def convert(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return value.to(place)
+            return value.to(place, copy=True)  # a model may write into its input
         if isinstance(value, np.ndarray):
             tensor = torch.from_numpy(np.array(value))
             return tensor.to(place, float_type if tensor.is_floating_point() else None)

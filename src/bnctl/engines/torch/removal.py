@@ -152,25 +152,10 @@ def _child_call(op_call: OpCall, parent: ModuleCall) -> ModuleCall | None:
 
 POINTWISE = frozenset(
     f"aten.{name}{suffix}.default"
-    for name in [
-        "relu",
-        "relu6",
-        "hardtanh",
-        "silu",
-        "gelu",
-        "sigmoid",
-        "tanh",
-        "hardswish",
-        "hardsigmoid",
-        "leaky_relu",
-        "elu",
-        "selu",
-        "celu",
-        "mish",
-        "softplus",
-        "clamp",
-        "neg",
-    ]
+    for name in (
+        "relu relu6 hardtanh silu gelu sigmoid tanh hardswish hardsigmoid leaky_relu elu selu "
+        "celu mish softplus clamp neg"
+    ).split()
     for suffix in ("", "_")
 )
 """Elementwise operators that may be kept as such: they need no shapes, so they are right for any input."""

@@ -1,0 +1,108 @@
+"""Operators on single elements: constant affines, sums of branches, activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from bnctl.engines.torch.record import OpCall, Ref
+from bnctl.engines.torch.translate.table import (
+    TABLE,
+    Array,
+    Operands,
+    Translated,
+    argument,
+    entry_for,
+)
+from bnctl.graph import ops
+from bnctl.graph.affine import AffineMap
+
+
+def _affine(
+    call: OpCall, operands: Operands, combine: Callable[[Array], tuple[Any, Any]], data: int = 0
+) -> Translated | None:
+    constant = operands.constant(argument(call, 1 - data))
+    shape = operands.shape(argument(call, data))
+    if (
+        constant is None
+        or not isinstance(argument(call, data), Ref)
+        or operands.constant(argument(call, data)) is not None
+    ):
+        return None
+    if constant.ndim > len(shape) or np.broadcast_shapes(constant.shape, shape) != shape:
+        return None
+    scale, shift = np.broadcast_arrays(*combine(constant))
+    return Translated(ops.Affine(AffineMap.broadcast(len(shape), scale, shift)))
+
+
+def _sum(call: OpCall, operands: Operands, sign: int) -> Translated | None:
+    first, second = argument(call, 0), argument(call, 1)
+    both = (
+        isinstance(first, Ref)
+        and isinstance(second, Ref)
+        and operands.constant(first) is None
+        and operands.constant(second) is None
+    )
+    return Translated(ops.Sum(sign)) if both and call.kwargs.get("alpha", 1) == 1 else None
+
+
+@entry_for("add.Tensor", "add.Scalar")
+def _(call: OpCall, operands: Operands) -> Translated | None:
+    alpha = float(call.kwargs.get("alpha", 1))
+    for data in (0, 1):
+        factors = (1.0, alpha) if data == 0 else (alpha, 1.0)
+        found = _affine(call, operands, lambda c, f=factors: (np.float64(f[0]), f[1] * c), data)  # type: ignore[misc]
+        if found:
+            return found
+    return _sum(call, operands, 1)
+
+
+@entry_for("sub.Tensor", "sub.Scalar")
+def _(call: OpCall, operands: Operands) -> Translated | None:
+    if call.kwargs.get("alpha", 1) != 1:
+        return None
+    return (
+        _affine(call, operands, lambda c: (np.float64(1), -c))
+        or _affine(call, operands, lambda c: (np.float64(-1), c), data=1)
+        or _sum(call, operands, -1)
+    )
+
+
+@entry_for("mul.Tensor", "mul.Scalar")
+def _(call: OpCall, operands: Operands) -> Translated | None:
+    return _affine(call, operands, lambda c: (c, np.zeros_like(c))) or _affine(
+        call, operands, lambda c: (c, np.zeros_like(c)), data=1
+    )
+
+
+@entry_for("div.Tensor", "div.Scalar")
+def _(call: OpCall, operands: Operands) -> Translated | None:
+    constant = operands.constant(argument(call, 1))
+    if constant is None or np.any(constant == 0):
+        return None
+    return _affine(call, operands, lambda c: (1 / c, np.zeros_like(c)))
+
+
+@entry_for("neg.default")
+def _(call: OpCall, operands: Operands) -> Translated | None:
+    rank = len(operands.shape(argument(call, 0)))
+    return Translated(ops.Affine(AffineMap.broadcast(rank, np.float64(-1), np.float64(0))))  # type: ignore[arg-type]
+
+
+_ACTIVATIONS = (
+    "relu relu6 hardtanh silu gelu sigmoid tanh hardswish hardsigmoid leaky_relu elu selu "
+    "celu mish softplus prelu threshold rrelu log_sigmoid softshrink hardshrink clamp "
+    "clamp_min clamp_max abs exp log sqrt pow square softmax log_softmax _softmax "
+    "_log_softmax"
+).split()
+
+
+def _activation(call: OpCall, operands: Operands) -> Translated:
+    return Translated(ops.Activation(call.op.split(".")[1].strip("_")))
+
+
+for _name in _ACTIVATIONS:
+    for _overload in ("default", "Tensor_Scalar", "int"):
+        TABLE[f"aten.{_name}.{_overload}"] = _activation

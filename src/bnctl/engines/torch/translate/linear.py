@@ -1,0 +1,99 @@
+"""Linear operators."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from bnctl.codes import Obstacle
+from bnctl.engines.torch.record import OpCall, Ref
+from bnctl.engines.torch.translate.table import (
+    Operands,
+    Translated,
+    any_nonzero,
+    argument,
+    entry_for,
+)
+from bnctl.graph import ops
+
+
+def _linear(
+    op: ops.LinearOp, weight: Any, bias: Any, call: OpCall, operands: Operands, *, room: bool = True
+) -> Translated | None:
+    slot = operands.weight(weight, call)
+    if slot is None or slot.shape is None or (bias is not None and operands.constant(bias) is None):
+        return None
+    bias_slot = operands.bias(bias, slot, call) if room or bias is not None else None
+    _, channels = op.layout.channels(slot.shape)
+    if bias is not None and bias_slot is not None and bias_slot.size != channels:
+        bias_slot = replace(
+            bias_slot, obstacle=Obstacle("BN118", f"{bias_slot.key} is one number for several channels")
+        )
+    return Translated(op, slot, bias_slot)
+
+
+def _conv(call: OpCall, operands: Operands, *, padding: int, groups: int, transposed: bool) -> Translated | None:
+    weight = argument(call, 1)
+    spatial = len(operands.shape(weight)) - 2
+    layout = ops.WeightLayout(groups, out_first=not transposed)
+    padded = any_nonzero(argument(call, padding, 0))
+    return _linear(
+        ops.Conv(layout, spatial=spatial, transposed=transposed, padded=padded),
+        weight,
+        argument(call, 2),
+        call,
+        operands,
+    )
+
+
+@entry_for(
+    "conv1d.default",
+    "conv2d.default",
+    "conv3d.default",
+    "conv1d.padding",
+    "conv2d.padding",
+    "conv3d.padding",
+    parameters=(1, 2),
+)
+def _(call: OpCall, operands: Operands) -> Translated | None:
+    return _conv(call, operands, padding=4, groups=argument(call, 6, 1), transposed=False)
+
+
+@entry_for("conv_transpose1d.default", "conv_transpose2d.input", "conv_transpose3d.input", parameters=(1, 2))
+def _(call: OpCall, operands: Operands) -> Translated | None:
+    return _conv(call, operands, padding=4, groups=argument(call, 6, 1), transposed=True)
+
+
+@entry_for("convolution.default", parameters=(1, 2))
+def _(call: OpCall, operands: Operands) -> Translated | None:
+    return _conv(call, operands, padding=4, groups=argument(call, 8, 1), transposed=argument(call, 6))
+
+
+@entry_for("linear.default", parameters=(1, 2))
+def _(call: OpCall, operands: Operands) -> Translated | None:
+    if len(operands.shape(argument(call, 1))) != 2:
+        return None
+    return _linear(ops.Linear(ops.WeightLayout()), argument(call, 1), argument(call, 2), call, operands)
+
+
+@entry_for("matmul.default", "mm.default", parameters=(1,))
+def _(call: OpCall, operands: Operands) -> Translated | None:
+    if len(operands.shape(argument(call, 1))) != 2:
+        return None
+    return _linear(ops.Linear(ops.WeightLayout(out_first=False)), argument(call, 1), None, call, operands, room=False)
+
+
+@entry_for("addmm.default", parameters=(0, 2))
+def _(call: OpCall, operands: Operands) -> Translated | None:
+    beta, alpha = call.kwargs.get("beta", 1), call.kwargs.get("alpha", 1)
+    if beta == 0 or (isinstance(argument(call, 1), Ref) and operands.constant(argument(call, 1)) is not None):
+        return None
+    op = ops.Linear(ops.WeightLayout(out_first=False), weight_factor=float(alpha), bias_factor=float(beta))
+    return _linear(op, argument(call, 2), argument(call, 0), call, operands)
+
+
+@entry_for("embedding.default", parameters=(0,))
+def _(call: OpCall, operands: Operands) -> Translated | None:
+    return _linear(
+        ops.Embedding(ops.WeightLayout(out_first=False)), argument(call, 0), None, call, operands, room=False
+    )
