@@ -117,3 +117,21 @@ def _none_of(branches: list[list[str]], at: str) -> list[str]:
 
 def _is(value: Any, name: str) -> bool:
     return isinstance(value, _TYPES[name]) and (name == "boolean" or not isinstance(value, bool))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write what is produced now into tests/golden")
+
+
+@pytest.fixture
+def golden(request):
+    """Compare a text with a file of tests/golden; `pytest --update-golden` writes it."""
+
+    def compare(name: str, text: str) -> None:
+        path = Path(__file__).with_name("golden") / name
+        if request.config.getoption("--update-golden"):
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+        assert text == path.read_text(), f"{name} differs; if that is meant: pytest --update-golden"
+
+    return compare

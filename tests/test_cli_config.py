@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from conftest import BN, CALIBRATION, INPUT, ONNX_BN, ONNX_PLAIN, PLAIN, TEST
+from conftest import CALIBRATION, INPUT, ONNX_BN, ONNX_PLAIN, PLAIN, TEST
 
-GATED = ("bench", ONNX_BN, ONNX_PLAIN, "--no-latency", "--data", TEST)
+GATED = ("bench", ONNX_BN, ONNX_PLAIN, "--no-latency", "--data", TEST, "--limit", "60")
 
 
 @pytest.fixture(autouse=True)
@@ -21,10 +21,10 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def samples(cli):
-    """How many samples a recalibration saw: what `--limit` was."""
+    """How many samples an insertion saw: what `--limit` was."""
 
     def call(*words: str) -> int:
-        ended = cli("recalibrate", BN, "--dry-run", "--json", "--data", CALIBRATION, *words)
+        ended = cli("insert", ONNX_PLAIN, "-o", "out.onnx", "--force", "--json", "--data", CALIBRATION, *words)
         assert ended.code == 0, ended.err
         return ended.document["summary"]["samples"]
 
@@ -38,11 +38,11 @@ def test_flags_beat_environment_beats_file(name, text, samples, monkeypatch):
     assert samples() == 300
     Path(name).write_text(text)
     assert samples() == 7
-    Path(name).write_text(text + ("[tool.bnctl.recalibrate]" if "tool" in text else "[recalibrate]") + "\nlimit = 8\n")
+    Path(name).write_text(text + ("[tool.bnctl.insert]" if "tool" in text else "[insert]") + "\nlimit = 8\n")
     assert samples() == 8
     monkeypatch.setenv("BNCTL_LIMIT", "9")
     assert samples() == 9
-    monkeypatch.setenv("BNCTL_RECALIBRATE_LIMIT", "10")
+    monkeypatch.setenv("BNCTL_INSERT_LIMIT", "10")
     assert samples() == 10
     assert samples("--limit", "11") == 11
 
@@ -84,7 +84,7 @@ def test_json_asked_for_elsewhere_holds_for_errors_too(where, cli, monkeypatch):
         ("[fold]\nkeep-bn = true", "keep-bn"),
         ("[unfold]\nlimit = 3", "unfold"),
         ("model = 'x.onnx'", "model"),
-        ("limit = 'many'", "many"),
+        ("limit = 'many'", "limit"),
         ("limit = [1, 2]", "limit"),
         ("limit = 0", "limit"),
         ("device = 'abacus'", "abacus"),
@@ -105,7 +105,7 @@ def test_a_value_of_the_environment_is_checked(cli, monkeypatch):
     monkeypatch.setenv("BNCTL_BATCH_SIZE", "many")
     ended = cli("inspect", ONNX_BN)
     assert ended.code == 2
-    assert "many" in ended.err
+    assert "--batch-size" in ended.err
 
 
 def test_trust(cli, folder):

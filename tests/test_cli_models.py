@@ -138,7 +138,7 @@ def test_a_dry_run_writes_nothing(command, output, cli):
     ids=["npz", "limit", "loader", "labelled loader", "random", "folder"],
 )
 def test_every_form_of_data(word, samples, cli):
-    Path("grey.json").write_text('{"channels": "gray", "mean": [0.5], "std": [0.5]}')
+    Path("grey.json").write_text('{"channels": "L", "mean": [0.5], "std": [0.5]}')
     for label in ("cat", "dog"):
         Path("images", label).mkdir(parents=True)
         for number in range(3):
@@ -180,7 +180,7 @@ def test_weights_go_to_the_factory_beside_a_file(cli):
 
 def test_models_of_both_kinds_in_one_bench(cli, written):
     words = ["bnctl.fixture:with_bn", str(written / "bundle"), ONNX_BN]
-    ended = cli("bench", *words, "--weights", WEIGHTS, "--data", TEST, "--no-latency", "--json")
+    ended = cli("bench", *words, "--weights", WEIGHTS, "--data", TEST, "--limit", "50", "--no-latency", "--json")
     assert ended.code == 0, ended.err
     assert faults(ended.document) == []
     assert [a["path"] for a in ended.document["candidates"]] == words[1:]

@@ -122,12 +122,14 @@ class Setup:
         )
 
     def example(self, model: Model) -> Batch:
-        """The inputs on which a model is looked at: of `--input`, else the first batch of `--data`, else drawn from an ONNX model's own signature.
+        """The inputs on which a model is looked at.
+
+        The first batch of `--data`, else drawn at random: as `--input` says, else an ONNX model's signature, else a bundle's record.
 
         Raises:
             UsageError: none of these is there.
         """
-        from bnctl.data.synthetic import random_batch
+        from bnctl.data.synthetic import parse_input, random_batch
 
         if self.data is not None:
             return next(iter(self.batches()))
@@ -137,6 +139,8 @@ class Setup:
             from bnctl.engines.onnx.signature import input_specs
 
             return random_batch(input_specs(model.native), seed=self.seed)
+        if model.origin is not None and model.origin.inputs:
+            return random_batch([parse_input(word) for word in model.origin.inputs], seed=self.seed)
         raise UsageError(
             f"{model.word} does not say what its inputs look like",
             hint="give --input 1x3x224x224 (repeatable) or --data",

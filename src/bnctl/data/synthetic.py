@@ -50,6 +50,15 @@ class InputSpec:
         return f"{name}{'x'.join(map(str, self.shape))}:{self.dtype}"
 
 
+def specs_of(batch: Batch) -> tuple[InputSpec, ...]:
+    """What :func:`random_batch` needs to draw inputs like these; empty where an input is no array or tensor."""
+    named = [*((None, value) for value in batch.args), *batch.kwargs.items()]
+    if not all(hasattr(value, "shape") and hasattr(value, "dtype") for _, value in named):
+        return ()
+    found = [(tuple(value.shape), name, str(value.dtype).removeprefix("torch.")) for name, value in named]
+    return tuple(InputSpec(*entry) for entry in found if entry[2] in DTYPES and 0 not in entry[0])
+
+
 def parse_input(text: str) -> InputSpec:
     """Parse `[name:]1x3x224x224[:dtype]`. The name may hold colons itself.
 

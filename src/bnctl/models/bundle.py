@@ -52,7 +52,7 @@ def save_bundle(
         module: as `origin` builds it, with any values.
         origin: how it is built again.
         source: what it was made from, for the record; JSON.
-        inputs: shapes of example inputs, for the record; JSON.
+        inputs: example inputs, as `--input` takes them.
         force: replace a bundle that is there; it stays until the new one is complete.
 
     Raises:

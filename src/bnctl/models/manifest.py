@@ -29,7 +29,7 @@ class Manifest:
         state_sha256: hex digest of `model.safetensors`.
         bnctl: version of bnctl that wrote it.
         source: what the model was made from, for the record.
-        inputs: example input shapes, for the record; None where unknown.
+        inputs: example inputs, as `--input` takes them; None where unknown.
         training: mode of the module.
         ties: further names of tensors that are stored once, each with the name it is stored under.
         frozen: names of parameters with `requires_grad=False`.
@@ -126,7 +126,13 @@ def parse_manifest(text: str, path: Path) -> Manifest:
             hint="the bundle is damaged or was edited: write it again with bnctl",
         )
     return Manifest(
-        origin=Origin(get("factory", str), get("args", dict, default={}), tuple(edits), get("weights", str, none)),
+        origin=Origin(
+            get("factory", str),
+            get("args", dict, default={}),
+            tuple(edits),
+            get("weights", str, none),
+            tuple(word for word in get("inputs", list, none) or () if isinstance(word, str)),
+        ),
         state_sha256=digest,
         bnctl=get("bnctl", str, default=""),
         source=get("source", dict, none),

@@ -15,12 +15,14 @@ class Origin:
         args: its keyword arguments; JSON values only.
         edits: structural edits since then, in order, as :func:`bnctl.engines.torch.edits.apply_edits` takes them; JSON only.
         weights: the weight file that was loaded first, if any; for the record, not read again.
+        inputs: example inputs as `--input` takes them; empty where unknown.
     """
 
     factory: str
     args: dict[str, Any] = field(default_factory=dict)
     edits: tuple[dict[str, Any], ...] = ()
     weights: str | None = None
+    inputs: tuple[str, ...] = ()
 
     def edited(self, *edits: dict[str, Any]) -> Origin:
         """The origin of the same model after further edits."""

@@ -164,6 +164,7 @@ def _write_pt2(model: Model, path: Path, example: Batch | None, force: bool, sta
 
 
 def _write_bundle(model: Model, path: Path, example: Batch | None, force: bool) -> None:
+    from bnctl.data.synthetic import specs_of
     from bnctl.models.bundle import save_bundle
 
     if model.origin is None:
@@ -171,12 +172,7 @@ def _write_bundle(model: Model, path: Path, example: Batch | None, force: bool) 
             f"{model.word} has no Python class to rebuild, so it cannot be a bundle",
             hint="write it as .pt2 or .onnx, or start from its factory",
         )
-    shapes = (
-        []
-        if example is None
-        else [list(a.shape) for a in (*example.args, *example.kwargs.values()) if hasattr(a, "shape")]
-    )
+    words = [str(spec) for spec in specs_of(example)] if example is not None else list(model.origin.inputs)
+    source = {"path": model.word, "sha256": model.sha256}
     native: Any = model.native
-    save_bundle(
-        path, native, model.origin, source={"path": model.word, "sha256": model.sha256}, inputs=shapes, force=force
-    )
+    save_bundle(path, native, model.origin, source=source, inputs=words, force=force)
