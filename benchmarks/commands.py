@@ -1,6 +1,6 @@
 """Whole processes, medians of five: what a user waits for.
 
-    python benchmarks/commands.py
+python benchmarks/commands.py
 """
 
 from __future__ import annotations

@@ -60,7 +60,8 @@ _ALL = [
          "Export to ONNX or .pt2 first (bnctl export --keep-bn) and fold the graph, which has no such limits."),
     Code("BN110", "varies along another axis",
          "Scale and shift vary along an axis that is not the channel axis of the linear operator, for example Linear on (N, C, L), whose "
-         "features are the last axis, and BatchNorm1d, whose channels are axis 1. Where both sizes are equal, other tools fold here and are wrong without a word.",
+         "features are the last axis, and BatchNorm1d, whose channels are axis 1. Where both sizes are equal, "
+         "other tools fold here and are wrong without a word.",
          "Nothing to do; or transpose in the model, so that both mean the same axis."),
     Code("BN111", "quantised",
          "The weight is quantised; folding would change the grid on which it was quantised.",

@@ -145,7 +145,7 @@ def _latency(rows: Sequence[dict[str, Any]]) -> Table:
     names = short_names([rows[0]["baseline"], *(r["candidate"] for r in rows)])
     candidates = [names[r["candidate"]] for r in rows]
     title = _against(
-        f"latency, batch {rows[0]['batch']}, {rows[0]['threads']} thread{"s" if rows[0]["threads"] > 1 else ""}", names[rows[0]["baseline"]], candidates
+        f"latency, batch {rows[0]['batch']}, threads {rows[0]['threads']}", names[rows[0]["baseline"]], candidates
     )
     return _table(
         title,
