@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -185,6 +186,13 @@ def test_insert_save_load_train(tmp_path):
     assert losses[1] < losses[0]
 
 
+def test_names_of_functions_are_not_hidden_by_modules():
+    """Importing a submodule sets its name in the package: none may be called like a function of the API."""
+    folder = Path(bnctl.__file__).parent
+    names = {path.stem for path in folder.iterdir()}
+    assert not names & set(bnctl.__all__)
+
+
 def test_an_untrusted_bundle_does_not_load(tmp_path):
     bnctl.insert(PLAIN, [X]).save(tmp_path / "bundle")
     path = tmp_path / "bundle" / "bnctl.json"
@@ -196,7 +204,6 @@ def test_an_untrusted_bundle_does_not_load(tmp_path):
     with pytest.raises(UntrustedError):
         bnctl.load(tmp_path / "bundle")
     assert not (tmp_path / "ran").exists()
-    assert norms(bnctl.load(tmp_path / "bundle", factory=plain)) == 5
 
 
 @pytest.mark.parametrize(

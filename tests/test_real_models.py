@@ -15,7 +15,7 @@ from bnctl.data.batches import Batch
 from bnctl.models.importing import import_module
 from bnctl.runtime.ort import OrtRunner
 from bnctl.runtime.torch import TorchRunner
-from bnctl.verify import compare_layers, compare_runners
+from bnctl.verification import compare_layers, compare_runners
 
 CIFAR = Path(__file__).parents[2] / "shared" / "data" / "cifar10_resnet20"
 LIGHT = Path(onnx.__file__).parent / "backend/test/data/light"

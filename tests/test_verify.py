@@ -23,7 +23,7 @@ from bnctl.errors import ModelError
 from bnctl.numerics.compare import compare, count_flips, rms, tolerance
 from bnctl.runtime.torch import TorchRunner
 from bnctl.runtime.trace import Trace
-from bnctl.verify import compare_runners
+from bnctl.verification import compare_runners
 
 NAN, INF = math.nan, math.inf
 

@@ -10,7 +10,7 @@ from torch import nn
 from bnctl.data.batches import Batch
 from bnctl.runtime.noise import rounding_noise
 from bnctl.runtime.torch import TorchRunner
-from bnctl.verify import compare_runners
+from bnctl.verification import compare_runners
 
 
 class Saturated(nn.Module):

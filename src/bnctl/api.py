@@ -19,7 +19,7 @@ from bnctl.selection import Selection
 if TYPE_CHECKING:
     import torch
 
-    from bnctl.verify import Verification
+    from bnctl.verification import Verification
 
 Globs = str | Iterable[str] | None
 
@@ -146,7 +146,7 @@ def recalibrate(
 def verify(baseline: Any, candidate: Any, data: Iterable[Any], *, tolerance: float | None = None) -> Verification:
     """Compare two models on data."""
     from bnctl.runtime import open_runner
-    from bnctl.verify import compare_runners
+    from bnctl.verification import compare_runners
 
     return compare_runners(
         open_runner(as_model(baseline)), open_runner(as_model(candidate)), as_batches(data), tolerance=tolerance

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import AbstractContextManager
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +14,7 @@ import typer
 from bnctl.cli import config, options
 from bnctl.cli.common import reporting
 from bnctl.cli.output import progress_bar, write_error
-from bnctl.commands.setup import Setup
+from bnctl.commands.setup import Progress, Setup
 from bnctl.errors import BnctlError, ExitCode, Interrupted, ModelError, UsageError
 from bnctl.models.save import Target
 from bnctl.report import Report
@@ -225,8 +226,10 @@ def demo(
     """The whole tour on the fixture that ships with the package."""
     from bnctl.commands.demo import run_demo
 
-    with progress_bar(show=not quiet) as progress:
-        raise typer.Exit(run_demo(output, force=force, quiet=quiet, progress=progress))
+    def progress() -> AbstractContextManager[Progress]:
+        return progress_bar(show=not quiet)
+
+    raise typer.Exit(run_demo(output, force=force, quiet=quiet, progress=progress))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 MAX_ROWS = 40
 """Longer tables show what needs a look, and count the rest."""
 
+MAX_REASON = 120
+"""Letters of a reason in a table."""
+
 
 @dataclass(frozen=True)
 class Column:
@@ -81,7 +84,8 @@ def _sites(report: Report, verbose: bool) -> Table:
     return _table(
         "layers",
         Column("layer", [s.name for s in shown], wraps=True),
-        Column("fed by", [s.details.get("fed_by") or "" for s in shown], wraps=True),
+        # Of a layer that folds, "into" says it already.
+        Column("fed by", ["" if s.into else s.details.get("fed_by") or "" for s in shown], wraps=True),
         Column("channels", [str(s.details.get("channels") or "") for s in shown], right=True),
         Column("scale", [_scale(s) for s in shown]),
         Column("", [s.action for s in shown], status=True),
@@ -89,9 +93,15 @@ def _sites(report: Report, verbose: bool) -> Table:
         Column("drift, nats", [_figure(_drift(s)) for s in shown], right=True),
         Column("self-consistency", [_figure(s.details.get("self_consistency")) for s in shown], right=True),
         Column("code", [s.code or "" for s in shown]),
-        Column("why", [s.reason or "" for s in shown], wraps=True),
+        Column("why", [_why(s, verbose) for s in shown], wraps=True),
         rest=_rest(len(sites) - len(shown), counts),
     )
+
+
+def _why(site: Site, verbose: bool) -> str:
+    """The reason, cut where it would fill the screen; JSON and `--verbose` have the whole."""
+    reason = site.reason or ""
+    return reason if verbose or len(reason) <= MAX_REASON else f"{reason[:MAX_REASON]} ..."
 
 
 def _drift(site: Site) -> float | None:
@@ -102,7 +112,7 @@ def _drift(site: Site) -> float | None:
 
 def _scale(site: Site) -> str:
     low, high = site.details.get("scale_min"), site.details.get("scale_max")
-    return "" if low is None or high is None else f"{low:.3g} to {high:.3g}"
+    return "" if low is None or high is None else " to ".join(dict.fromkeys((f"{low:.3g}", f"{high:.3g}")))
 
 
 def _places(places: Sequence[dict[str, Any]], verbose: bool) -> Table:

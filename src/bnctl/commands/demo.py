@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,11 +46,19 @@ class Step:
 
     says: str
     command: list[str]
-    run: Callable[[], Report]
+    run: Callable[[Progress], Report]
 
 
-def run_demo(folder: Path, *, force: bool, progress: Progress, quiet: bool = False) -> ExitCode:
+def run_demo(
+    folder: Path, *, force: bool, quiet: bool = False, progress: Callable[[], AbstractContextManager[Progress]]
+) -> ExitCode:
     """Inspect, insert, fold, recalibrate, export, verify and bench, on digits; print each step, then one table.
+
+    Args:
+        folder: for what the tour writes.
+        force: replace an earlier tour.
+        quiet: print nothing.
+        progress: opens a progress bar, which is gone before anything is printed.
 
     Returns:
         FAILED where any step failed: the tour is a test too.
@@ -62,16 +71,19 @@ def run_demo(folder: Path, *, force: bool, progress: Progress, quiet: bool = Fal
     _prepare(folder, force=force)
     console = Console(quiet=quiet)
     worst = ExitCode.OK
-    for number, step in enumerate(_steps(folder, progress), start=1):
+    for number, step in enumerate(_steps(folder), start=1):
         console.print(f"\n[bold]{number}. {step.says}[/bold]", highlight=False)
         console.print(
             f"   $ bnctl {shlex.join(map(_short, step.command))}", style="dim", highlight=False, soft_wrap=True
         )
-        report = step.run()
+        with progress() as tell:
+            report = step.run(tell)
         _tell(report, console)
         worst = max(worst, report.exit_code)
+    with progress() as tell:
+        table = _table(folder, tell)
     console.print()
-    console.print(_table(folder, progress))
+    console.print(table)
     console.print(f"\nEverything that was written lies in {folder}.", highlight=False)
     return worst
 
@@ -79,7 +91,7 @@ def run_demo(folder: Path, *, force: bool, progress: Progress, quiet: bool = Fal
 PLAIN, BN = "bnctl.fixture:plain", "bnctl.fixture:with_bn"
 
 
-def _steps(folder: Path, progress: Progress) -> list[Step]:
+def _steps(folder: Path) -> list[Step]:
     plain = f"{PLAIN}@{fixture_path('digits_plain.safetensors')}"
     bn = f"{BN}@{fixture_path('digits_bn.safetensors')}"
     calibration, test, shifted = (str(fixture_path(f"{n}.npz")) for n in ("calibration", "test", "shifted_calibration"))
@@ -87,7 +99,7 @@ def _steps(folder: Path, progress: Progress) -> list[Step]:
     def at(name: str) -> Target:
         return Target(folder / name)
 
-    def on(data: str) -> Setup:
+    def on(data: str, progress: Progress) -> Setup:
         return Setup(data=data, batch_size=100, progress=progress)
 
     everything = Selection()
@@ -96,45 +108,53 @@ def _steps(folder: Path, progress: Progress) -> list[Step]:
         Step(
             "A trained network without normalisation: where could BatchNorm go?",
             ["inspect", plain, "--data", calibration],
-            lambda: run_inspect(plain, on(calibration)),
+            lambda tell: run_inspect(plain, on(calibration, tell)),
         ),
         Step(
             "Insert it there; the function stays what it was, and the result trains.",
             ["insert", plain, "--data", calibration, "-o", str(folder / "inserted")],
-            lambda: run_insert(plain, at("inserted"), on(calibration), eps=1e-5, **options),
+            lambda tell: run_insert(plain, at("inserted"), on(calibration, tell), eps=1e-5, **options),
         ),
         Step(
             "Fold it away again: the round trip is a free self-test.",
             ["fold", str(folder / "inserted"), "--data", calibration, "-o", str(folder / "round_trip")],
-            lambda: run_fold(str(folder / "inserted"), at("round_trip"), on(calibration), verify=True, **options),
+            lambda tell: run_fold(
+                str(folder / "inserted"), at("round_trip"), on(calibration, tell), verify=True, **options
+            ),
         ),
         Step(
             "Its twin, trained with BatchNorm: export with BatchNorm kept.",
             ["export", bn, "--data", calibration, "--keep-bn", "-o", str(folder / "kept.onnx")],
-            lambda: run_export(bn, at("kept.onnx"), on(calibration), keep_bn=True, static_batch=False, tolerance=None),
+            lambda tell: run_export(
+                bn, at("kept.onnx"), on(calibration, tell), keep_bn=True, static_batch=False, tolerance=None
+            ),
         ),
         Step(
             "Fold the ONNX file; torch is not needed for that.",
             ["fold", str(folder / "kept.onnx"), "-o", str(folder / "folded.onnx")],
-            lambda: run_fold(str(folder / "kept.onnx"), at("folded.onnx"), Setup(), verify=True, **options),
+            lambda tell: run_fold(str(folder / "kept.onnx"), at("folded.onnx"), Setup(), verify=True, **options),
         ),
         Step(
             "Is it the same function? On 600 real images, runtime optimisations off.",
             ["verify", str(folder / "kept.onnx"), str(folder / "folded.onnx"), "--data", test],
-            lambda: run_verify(str(folder / "kept.onnx"), str(folder / "folded.onnx"), on(test), tolerance=None),
+            lambda tell: run_verify(
+                str(folder / "kept.onnx"), str(folder / "folded.onnx"), on(test, tell), tolerance=None
+            ),
         ),
         Step(
             "The camera changed: less contrast, more noise. Recalibrate the statistics on unlabelled images of the new kind.",
             ["recalibrate", bn, "--data", shifted, "-o", str(folder / "recalibrated")],
-            lambda: run_recalibrate(bn, at("recalibrated"), on(shifted), method="exact", selection=everything),
+            lambda tell: run_recalibrate(
+                bn, at("recalibrated"), on(shifted, tell), method="exact", selection=everything
+            ),
         ),
         Step(
             "And ship that: ONNX, BatchNorm folded.",
             ["export", str(folder / "recalibrated"), "--data", shifted, "-o", str(folder / "recalibrated.onnx")],
-            lambda: run_export(
+            lambda tell: run_export(
                 str(folder / "recalibrated"),
                 at("recalibrated.onnx"),
-                on(shifted),
+                on(shifted, tell),
                 keep_bn=False,
                 static_batch=False,
                 tolerance=None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from bnctl.data.resize import other_batch_sizes, resized
 from bnctl.errors import EquivalenceError
 from bnctl.runtime import open_runner
-from bnctl.verify import Verification, compare_layers, compare_runners
+from bnctl.verification import Verification, compare_layers, compare_runners
 
 if TYPE_CHECKING:
     from bnctl.data.batches import Batch

@@ -18,7 +18,7 @@ def run_verify(baseline: str, candidate: str, setup: Setup, *, tolerance: float 
     """Compare two models on data, or on the example and other batch sizes. A failure is a result: exit code 1."""
     from bnctl.data.resize import other_batch_sizes
     from bnctl.runtime import open_runner
-    from bnctl.verify import compare_runners
+    from bnctl.verification import compare_runners
 
     started = time.perf_counter()
     before, after = setup.open_all(baseline, candidate)

@@ -223,10 +223,10 @@ class _Draft:
             if value in self.observed:
                 return self.observed[value]
             if len(self.readers[value]) != 1:
-                others = {n.layer for n in self.readers[value] if n is not site}
-                return Obstacle(
-                    "BN101", f"{name} is also read by {', '.join(sorted(others)) or 'the same layer a second time'}"
-                )
+                others = sorted({n.layer for n in self.readers[value] if n is not site})
+                more = f" and {len(others) - 2} more" if len(others) > 2 else ""
+                named = ", ".join(others[:2]) or "the same layer a second time"
+                return Obstacle("BN101", f"{name} is also read by {named}{more}")
             producer = self.graph.producer.get(value)
             if producer is None:
                 return Obstacle("BN104", f"{name} is an input of the model")
