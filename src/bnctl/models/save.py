@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from bnctl.report import Artifact
 
 
+_NOT_FOLDERS = frozenset(".pt .pth .ckpt .safetensors .bin .h5 .pb .tflite .npz .json .txt .zip .pkl".split())
+"""Suffixes of files that bnctl does not write; a bundle of such a name would be a surprise."""
+
+
 @dataclass(frozen=True)
 class Target:
     """Where a command writes, and how.
@@ -63,7 +67,7 @@ def check_output(output: str | Path, kind: str, *, force: bool) -> Path:
         UsageError: it exists and `force` is not set, its suffix is unknown, or the format does not fit the model.
     """
     path = Path(output)
-    if path.suffix in {".pt", ".pth", ".ckpt", ".safetensors"}:
+    if path.suffix in _NOT_FOLDERS:
         raise UsageError(
             f"{path}: cannot write {path.suffix}",
             hint="give out.onnx, out.pt2 or a folder (a bundle with model.safetensors in it)",
