@@ -298,7 +298,8 @@ class TestAccuracy:
         a = rng.normal(size=(100, 10)) + 2 * np.eye(10)[labels]
         b = a + rng.normal(size=(100, 10))
         runners = [Classifier(a), Classifier(b)]
-        rows, agreement = measure_accuracy(["a", "b"], runners, labelled(labels, 100))
+        found = measure_accuracy(["a", "b"], runners, labelled(labels, 100))
+        rows, agreement = found.rows, found.agreement
         right_a, right_b = a.argmax(1) == labels, b.argmax(1) == labels
         top1, top5 = rows
         assert (top1.metric, top5.metric) == ("top1", "top5")
@@ -324,13 +325,14 @@ class TestAccuracy:
 
     def test_without_labels_there_are_flips_only(self):
         scores = np.eye(3)[np.arange(30) % 3]
-        rows, agreement = measure_accuracy(["a", "b"], [Classifier(scores), Classifier(scores)], labelled(None, 30))
+        found = measure_accuracy(["a", "b"], [Classifier(scores), Classifier(scores)], labelled(None, 30))
+        rows, agreement = found.rows, found.agreement
         assert rows == ()
         assert agreement[0].flips == 0
 
     def test_few_classes_have_no_top5(self):
         scores = np.eye(5)[np.arange(30) % 5]
-        rows, _ = measure_accuracy(["a", "b"], [Classifier(scores)] * 2, labelled(np.arange(30) % 5, 30))
+        rows = measure_accuracy(["a", "b"], [Classifier(scores)] * 2, labelled(np.arange(30) % 5, 30)).rows
         assert [row.metric for row in rows] == ["top1"]
 
     def test_data_that_do_not_fit(self):

@@ -457,7 +457,7 @@ def test_trap_15_overflow_is_refused() -> None:
 def test_trap_16_hook_that_changes_the_output() -> None:
     net = Net(lambda s, x: s.bn(s.c(x)), c=Conv(3, 4, 3), bn=BN(4))
     net.c.register_forward_hook(lambda module, args, output: output * 2)
-    assert_trap(net, image(), {"bn": "BN107"}, image(1), image(5))
+    assert_trap(net, image(), {"bn": "BN116"}, image(1), image(5))
 
 
 def test_trap_16_hook_that_observes_or_stores() -> None:

@@ -7,7 +7,8 @@ baseline whose outputs are all zero, NaN or empty.
 Some functions magnify rounding: a sigmoid that is saturated nearly everywhere has a tiny scale and a fixed resolution, a
 long softmax decoder moves by 3e-4 when its input moves by one unit in the last place. An output beyond the tolerance is
 therefore measured against the baseline's own rounding noise: how far the output moves when every input is changed by a few
-units in the last place. An error within :data:`NOISE_FACTOR` times that noise cannot be told from rounding.
+units in the last place. An error within :data:`NOISE_FACTOR` times that noise cannot be told from rounding. Where that would
+excuse more than :data:`DROWNED` of an output's scale, the output proves nothing, and the layers before it must agree instead.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from functools import cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from bnctl.errors import InputError, ModelError
@@ -36,6 +38,9 @@ Outputs = Mapping[str, NDArray[Any]]
 NOISE_FACTOR = 2.0
 """An error of up to this many times the rounding noise counts as rounding: the noise is a maximum over few draws."""
 
+DROWNED = 1e-2
+"""Relative error from which on agreement by the allowance for rounding is no evidence."""
+
 
 @dataclass(frozen=True)
 class OutputCheck:
@@ -49,6 +54,7 @@ class OutputCheck:
         informative: whether the baseline gave a finite value other than zero in any batch.
         equal: within the limit in every batch. Integers and booleans must be equal.
         noise: the baseline's own rounding noise, absolute, where the limit alone was not met.
+        drowned: rounding noise is so large against the output's scale that agreement says nothing.
     """
 
     name: str
@@ -58,8 +64,9 @@ class OutputCheck:
     informative: bool = False
     equal: bool = True
     noise: float | None = None
+    drowned: bool = False
 
-    def with_batch(self, error: ArrayError, equal: bool, noise: float | None) -> OutputCheck:
+    def with_batch(self, error: ArrayError, equal: bool, noise: float | None, drowned: bool) -> OutputCheck:
         """The check with one more batch."""
         return OutputCheck(
             self.name,
@@ -69,6 +76,7 @@ class OutputCheck:
             self.informative or error.informative,
             self.equal and equal,
             self.noise if noise is None else max(noise, self.noise or 0.0),
+            self.drowned or drowned,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -160,17 +168,23 @@ class _Progress:
     failed_on: Batch | None = None
 
     def add(
-        self, batch: Batch, baseline: Outputs, candidate: Outputs, noise_of: Callable[[], Mapping[str, float]]
+        self,
+        batch: Batch,
+        baseline: Outputs,
+        candidate: Outputs,
+        noise_of: Callable[[], Mapping[str, float]],
+        required: bool,
     ) -> None:
         self.samples += batch.size
         for name, a, b in _pairs(baseline, candidate):
             whole = a.dtype.kind in "iub"
             error = compare(a, b)
-            equal, noise = error.within(0.0 if whole else self.limit), None
+            equal, noise, drowned = error.within(0.0 if whole else self.limit), None, False
             if not equal and not whole and error.mismatch is None:
                 noise = noise_of()[name]
                 equal = error.max_abs <= NOISE_FACTOR * noise
-            self.checks[name] = self.checks.get(name, OutputCheck(name)).with_batch(error, equal, noise)
+                drowned = required and equal and error.max_rel > DROWNED
+            self.checks[name] = self.checks.get(name, OutputCheck(name)).with_batch(error, equal, noise, drowned)
             if self.failed_on is None and not equal:
                 self.failed_on = batch
             flips = count_flips(a, b, self.limit)
@@ -219,7 +233,10 @@ def compare_runners(
             if required:
                 raise
             continue
-        example = batch
+        if required:
+            example = batch
+        elif not all(np.isfinite(value).all() for value in expected.values() if value.dtype.kind == "f"):
+            continue
         try:
             actual = candidate.run(batch)
         except ModelError as error:
@@ -227,12 +244,13 @@ def compare_runners(
         if len(expected) != len(actual):
             return outcome(f"the candidate has {len(actual)} outputs, the baseline {len(expected)}")
         noise_of = cache(lambda batch=batch, expected=expected: rounding_noise(baseline, batch, expected))
-        progress.add(batch, expected, actual, noise_of)
+        progress.add(batch, expected, actual, noise_of, required)
     reason = _reason(progress)
-    if reason is None:
-        return outcome(None, note=_noise_note(progress))
-    if reason == _NO_EVIDENCE and locate:
+    drowned = any(check.drowned for check in progress.checks.values())
+    if (reason == _NO_EVIDENCE or (reason is None and drowned)) and locate:
         return outcome(*_look_inside(baseline, candidate, example, limit))
+    if reason is None:
+        return outcome(_NO_EVIDENCE if drowned else None, note=_noise_note(progress))
     if progress.failed_on is None or not locate:
         return outcome(reason)
     return outcome(reason, *_locate(baseline, candidate, progress.failed_on, limit))
@@ -295,9 +313,7 @@ def compare_layers(
     return replace(verification, layers=checked, max_layer_error=worst)
 
 
-_NO_EVIDENCE = (
-    "every output of the baseline is zero, NaN, infinite or empty: agreement proves nothing; use other inputs"
-)
+_NO_EVIDENCE = "every output of the baseline is zero, NaN, infinite, empty, or drowned in rounding: agreement proves nothing; use other inputs"
 
 
 def _look_inside(
@@ -306,7 +322,7 @@ def _look_inside(
     """Reason, place and note where the outputs say nothing: the layers closest to them are compared instead, where both models have them."""
     if baseline.kind != candidate.kind:
         return _NO_EVIDENCE, None, None
-    layers = last_layers(baseline.trace(batch), candidate.trace(batch))
+    layers = last_layers(baseline.trace(batch), candidate.trace(batch), baseline.run(batch).values())
     if not layers:
         return _NO_EVIDENCE, None, None
     names = ", ".join(layers)
@@ -318,7 +334,7 @@ def _look_inside(
     return (
         None,
         None,
-        f"the outputs are empty or zero on these inputs; the layers before them agree ({names}: relative error {worst:.2g})",
+        f"the outputs are empty, zero or drowned in rounding on these inputs; the layers before them agree ({names}: relative error {worst:.2g})",
     )
 
 

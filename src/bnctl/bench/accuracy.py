@@ -7,14 +7,14 @@ noise (:mod:`bnctl.stats.paired`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bnctl.errors import DataError
+from bnctl.errors import DataError, UsageError
 from bnctl.numerics.compare import is_logits
 from bnctl.stats.paired import PairedDifference, paired_difference
 
@@ -32,6 +32,7 @@ class AccuracyRow:
     Attributes:
         metric: "top1" or "top5".
         candidate: the candidate's word.
+        output: the baseline's output that is judged, by its name.
         baseline_accuracy: fraction of samples that the baseline gets right.
         candidate_accuracy: the same for the candidate.
         paired: the difference, candidate minus baseline, as a fraction, with its interval.
@@ -39,6 +40,7 @@ class AccuracyRow:
 
     metric: str
     candidate: str
+    output: str
     baseline_accuracy: float
     candidate_accuracy: float
     paired: PairedDifference
@@ -48,6 +50,7 @@ class AccuracyRow:
         return {
             "metric": self.metric,
             "model": self.candidate,
+            "output": self.output,
             "samples": self.paired.samples,
             "baseline": self.baseline_accuracy,
             "candidate": self.candidate_accuracy,
@@ -62,22 +65,43 @@ class AccuracyRow:
 
 @dataclass(frozen=True)
 class AgreementRow:
-    """How often a candidate's top class is another than the baseline's; labels are not needed for that."""
+    """How often a candidate's top class is another than the baseline's; labels are not needed for that.
+
+    Where one of the two holds a NaN and the other does not, that is a flip: ``argmax`` would call the NaN a class.
+    """
 
     candidate: str
+    output: str
     samples: int
     flips: int
 
     def to_dict(self) -> dict[str, Any]:
         """One entry of the report's ``agreement``."""
-        return {"model": self.candidate, "samples": self.samples, "flips": self.flips}
+        return {"model": self.candidate, "output": self.output, "samples": self.samples, "flips": self.flips}
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """What one pass over the samples found.
+
+    Attributes:
+        rows: one per candidate and metric; empty without labels.
+        agreement: one per candidate; empty without class scores.
+        notes: what the figures leave out, in sentences.
+    """
+
+    rows: tuple[AccuracyRow, ...] = ()
+    agreement: tuple[AgreementRow, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass
 class _Counts:
-    samples: int = 0
+    samples: int = 0  # those that were compared
     labelled: int = 0
     classes: int = 0
+    skipped: Counter[int] = field(default_factory=Counter)  # batches without class scores, by their size
+    nan: Counter[int] = field(default_factory=Counter)  # samples, by model
     flips: Counter[int] = field(default_factory=Counter)
     right: Counter[tuple[int, int]] = field(default_factory=Counter)  # (k, model)
     lost: Counter[tuple[int, int]] = field(default_factory=Counter)
@@ -85,44 +109,58 @@ class _Counts:
 
 
 def measure_accuracy(
-    names: Sequence[str], runners: Sequence[Runner], batches: Iterable[Batch]
-) -> tuple[tuple[AccuracyRow, ...], tuple[AgreementRow, ...]]:
+    names: Sequence[str], runners: Sequence[Runner], batches: Iterable[Batch], *, gated: bool = False
+) -> Accuracy:
     """Top-1 and top-5 accuracy and label flips of all models; each runs each batch once.
 
-    The first output that looks like class scores, floats of shape (N, C), is judged. Without labels there are only
-    flips; top-5 needs more than five classes. Without an output of class scores there is neither.
+    The baseline's first output that looks like class scores, floats of shape (N, C), is judged, and the candidates'
+    of the same name, or else their first. Without labels there are only flips; top-5 needs more than five classes.
+    Without an output of class scores there is neither.
 
     Args:
         names: of the models, the baseline first.
         runners: the models.
         batches: inputs, with labels (all of them) or without.
+        gated: whether a gate rests on this: what is else a note on the choice of output, or on batches that could not
+            be compared, is then an error.
 
     Raises:
-        DataError: no samples, labels on some batches only or beyond the model's classes, or candidates without class
-            scores.
+        UsageError: gated, and several outputs could be the class scores.
+        DataError: no samples, labels on some batches only or beyond the model's classes, candidates without class
+            scores, or, gated, a baseline without them on some batches only.
         ModelError: a model does not take a batch.
     """
     counts = _Counts()
+    notes: list[str] = []
+    judged: list[str] = []  # the output of each model
     for batch in batches:
-        scores = list(_scores(names, runners, batch))
-        counts.samples += batch.size
-        if not scores:
+        found = [_class_scores(runner.run(batch), batch.size) for runner in runners]
+        if not (found[0] and (not judged or judged[0] in found[0])):
+            counts.skipped[batch.size] += 1
             continue
-        counts.classes = scores[0].shape[1]
-        chosen = [s.argmax(axis=1) for s in scores]
-        for model in range(1, len(scores)):
-            counts.flips[model] += int(np.count_nonzero(chosen[model] != chosen[0]))
-        if batch.labels is not None:
-            _count_hits(counts, scores, _checked(batch.labels, counts.classes))
-    if not counts.samples:
+        if not judged:
+            judged = [_judged(of_model, found[0]) for of_model in found]
+            notes += _ambiguity(names, found, judged, gated)
+        _count(counts, _comparable(names, [of_model.get(o) for of_model, o in zip(found, judged, strict=True)]), batch)
+    if not (counts.samples or counts.skipped):
         raise DataError("no samples to measure accuracy on", hint="give --data that is not empty")
     if counts.labelled not in (0, counts.samples):
         raise DataError(f"only {counts.labelled} of {counts.samples} samples have labels", hint="label all or none")
-    if not counts.classes:
-        return (), ()
-    agreement = tuple(AgreementRow(name, counts.samples, counts.flips[i]) for i, name in enumerate(names) if i)
+    if not judged:
+        return Accuracy()
+    notes += _skipped(names[0], judged[0], counts, gated)
+    notes += [
+        f"{name} returned NaN for {counts.nan[i]} of {counts.samples} samples"
+        for i, name in enumerate(names)
+        if counts.nan[i]
+    ]
     ks = [k for k in TOP_K if counts.labelled and k < counts.classes]
-    return tuple(_row(counts, k, i, name) for k in ks for i, name in enumerate(names) if i), agreement
+    candidates = list(enumerate(names))[1:]
+    return Accuracy(
+        tuple(_row(counts, k, i, name, judged[0]) for k in ks for i, name in candidates),
+        tuple(AgreementRow(name, judged[0], counts.samples, counts.flips[i]) for i, name in candidates),
+        tuple(notes),
+    )
 
 
 def hits(scores: NDArray[Any], labels: NDArray[np.int64], k: int) -> NDArray[np.bool_]:
@@ -142,22 +180,73 @@ def hits(scores: NDArray[Any], labels: NDArray[np.int64], k: int) -> NDArray[np.
     return right
 
 
-def _scores(names: Sequence[str], runners: Sequence[Runner], batch: Batch) -> Iterator[NDArray[Any]]:
-    """Class scores of every model, or of none."""
-    found = []
-    for runner in runners:
-        outputs = runner.run(batch).values()
-        found.append(next((o for o in outputs if is_logits(o) and len(o) == batch.size), None))
-    if found[0] is None:
-        return
-    for name, scores in zip(names, found, strict=True):
-        if scores is None or scores.shape != found[0].shape:
-            shape = "none" if scores is None else list(scores.shape)
+def _class_scores(outputs: Mapping[str, NDArray[Any]], samples: int) -> dict[str, NDArray[Any]]:
+    return {name: o for name, o in outputs.items() if is_logits(o) and len(o) == samples}
+
+
+def _judged(scores: Mapping[str, Any], of_baseline: Mapping[str, Any]) -> str:
+    """The output that is judged, "" where there is none."""
+    named = next(iter(of_baseline))
+    return named if named in scores else next(iter(scores), "")
+
+
+def _ambiguity(
+    names: Sequence[str], found: Sequence[Mapping[str, Any]], judged: Sequence[str], gated: bool
+) -> list[str]:
+    """A note for each model of which another output could be meant; a baseline's name settles it for candidates."""
+    notes = []
+    for i, (name, scores, output) in enumerate(zip(names, found, judged, strict=True)):
+        if len(scores) < 2 or (i and output == judged[0]):
+            continue
+        several = f"{name}: {len(scores)} outputs look like class scores ({', '.join(scores)})"
+        if gated:
+            raise UsageError(
+                f"{several}: no gate can rest on one of them", hint="gate on models with one output of shape (N, C)"
+            )
+        notes.append(f"{several}; {output} is judged, the others are not")
+    return notes
+
+
+def _skipped(name: str, output: str, counts: _Counts, gated: bool) -> list[str]:
+    """A note on batches in which the baseline gave no class scores, though it does in others."""
+    if not counts.skipped:
+        return []
+    sizes = " or ".join(map(str, sorted(counts.skipped)))
+    problem = f"{name}: output {output} for a batch of {sizes} is not of shape (N, C)"
+    without = sum(size * batches for size, batches in counts.skipped.items())
+    if gated:
+        raise DataError(
+            f"{problem}: {without} of {counts.samples + without} samples cannot be compared",
+            hint="choose a --batch-size that leaves no such batch, or keep the model from squeezing its output",
+        )
+    return [f"{problem}: {without} of {counts.samples + without} samples were not compared"]
+
+
+def _comparable(names: Sequence[str], scores: Sequence[NDArray[Any] | None]) -> list[NDArray[Any]]:
+    """The scores, all of one shape."""
+    expected = scores[0]
+    assert expected is not None
+    for name, of_model in zip(names, scores, strict=True):
+        if of_model is None or of_model.shape != expected.shape:
+            shape = "none" if of_model is None else list(of_model.shape)
             raise DataError(
-                f"{name}: class scores of shape {list(found[0].shape)} expected as from {names[0]}, got {shape}",
+                f"{name}: class scores of shape {list(expected.shape)} expected as from {names[0]}, got {shape}",
                 hint="compare classifiers of the same classes",
             )
-        yield scores
+    return [s for s in scores if s is not None]
+
+
+def _count(counts: _Counts, scores: Sequence[NDArray[Any]], batch: Batch) -> None:
+    counts.samples += batch.size
+    counts.classes = scores[0].shape[1]
+    chosen = [s.argmax(axis=1) for s in scores]
+    undefined = [np.isnan(s).any(axis=1) for s in scores]
+    for model in range(len(scores)):
+        counts.nan[model] += int(undefined[model].sum())
+        flipped = (chosen[model] != chosen[0]) | (undefined[model] != undefined[0])
+        counts.flips[model] += int(flipped.sum())
+    if batch.labels is not None:
+        _count_hits(counts, scores, _checked(batch.labels, counts.classes))
 
 
 def _checked(labels: NDArray[Any], classes: int) -> NDArray[np.int64]:
@@ -179,7 +268,7 @@ def _count_hits(counts: _Counts, scores: Sequence[NDArray[Any]], labels: NDArray
             counts.gained[k, model] += int((of_model & ~right[0]).sum())
 
 
-def _row(counts: _Counts, k: int, model: int, name: str) -> AccuracyRow:
+def _row(counts: _Counts, k: int, model: int, name: str, output: str) -> AccuracyRow:
     n = counts.labelled
     paired = paired_difference(counts.lost[k, model], counts.gained[k, model], n)
-    return AccuracyRow(f"top{k}", name, counts.right[k, 0] / n, counts.right[k, model] / n, paired)
+    return AccuracyRow(f"top{k}", name, output, counts.right[k, 0] / n, counts.right[k, model] / n, paired)

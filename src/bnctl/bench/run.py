@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from bnctl.bench.accuracy import AccuracyRow, AgreementRow, measure_accuracy
+from bnctl.bench.accuracy import Accuracy, AccuracyRow, AgreementRow, measure_accuracy
 from bnctl.bench.gates import Gate, GateResult, evaluate, latency_limit, parse_gate
 from bnctl.bench.latency import LatencyRow, RunProcess, free_gain_note, measure_latency
 from bnctl.bench.spawn import run_worker
@@ -82,7 +82,8 @@ def run_bench(
         run_process: runs one latency worker.
 
     Raises:
-        UsageError: no candidate, nothing to measure, a malformed gate, or a gate on what is not measured.
+        UsageError: no candidate, nothing to measure, a malformed gate, or a gate on what is not measured or is
+            ambiguous.
         DataError: no data, or data that do not fit the models.
         ModelError: a model cannot be loaded or run, or crashed a worker.
     """
@@ -97,13 +98,13 @@ def run_bench(
         raise DataError("the data hold no batch", hint="give --data that is not empty")
     _require_measured(parsed, accuracy=accuracy, latency=latency, labels=batch.labels is not None)
 
-    accuracy_rows: tuple[AccuracyRow, ...] = ()
-    agreement_rows: tuple[AgreementRow, ...] = ()
+    seen = Accuracy()
     if accuracy:
         opening = open_runner or (lambda model: _open_runner(model, options))
-        accuracy_rows, agreement_rows = _accuracy(models, data, opening, progress)
+        gated = any(not _on_latency(gate) for gate in parsed)
+        seen = _accuracy(models, data, opening, progress, gated=gated)
     # Before latency, which takes minutes: what these gates limit may not have been there to measure.
-    others = {gate: evaluate(gate, (), accuracy_rows, agreement_rows) for gate in parsed if not _on_latency(gate)}
+    others = {gate: evaluate(gate, (), seen.rows, seen.agreement) for gate in parsed if not _on_latency(gate)}
     latency_rows: tuple[LatencyRow, ...] = ()
     if latency:
         limit = latency_limit(parsed)
@@ -112,22 +113,23 @@ def run_bench(
     return BenchResult(
         verdict=worst([result.verdict for result in results]),
         latency=latency_rows,
-        accuracy=accuracy_rows,
-        agreement=agreement_rows,
+        accuracy=seen.rows,
+        agreement=seen.agreement,
         gates=results,
-        notes=tuple(free_gain_note(latency_rows)),
+        notes=(*seen.notes, *free_gain_note(latency_rows)),
     )
 
 
 def _accuracy(
-    models: Sequence[BenchModel], data: Iterable[Batch], opening: OpenRunner, progress: Progress
-) -> tuple[tuple[AccuracyRow, ...], tuple[AgreementRow, ...]]:
+    models: Sequence[BenchModel], data: Iterable[Batch], opening: OpenRunner, progress: Progress, *, gated: bool
+) -> Accuracy:
     def counted() -> Iterator[Batch]:
         for number, batch in enumerate(data, start=1):
             yield batch
             progress("accuracy", number, 0)
 
-    return measure_accuracy([model.word for model in models], [opening(model) for model in models], counted())
+    words, runners = [model.word for model in models], [opening(model) for model in models]
+    return measure_accuracy(words, runners, counted(), gated=gated)
 
 
 def _open_runner(model: BenchModel, options: LatencyOptions) -> Runner:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
-from bnctl.data.resize import other_batch_sizes, resized
+from bnctl.data.resize import other_batch_sizes, other_shapes, other_values, resized
 from bnctl.errors import EquivalenceError
 from bnctl.runtime import open_runner
 from bnctl.verification import Verification, compare_layers, compare_runners
@@ -24,7 +25,9 @@ def check_equivalence(
     tolerance: float | None = None,
     device: str = "cpu",
 ) -> Verification:
-    """Run both models on the example and on batches of other sizes (where the model takes them), with runtime optimisations off.
+    """Run both models on the example, and where they take them on other batch sizes, values and shapes; runtime optimisations are off.
+
+    Other values and shapes find what one run on one example cannot show: a number that Python computed from the input, a path that the example did not take.
 
     Args:
         before: right by definition.
@@ -34,10 +37,22 @@ def check_equivalence(
         tolerance: largest relative error that counts as equal; by default it follows from the dtype.
         device: "cpu" or "cuda".
     """
-    baseline, candidate = open_runner(before, device=device), open_runner(after, device=device)
-    others = other_batch_sizes(example)
-    verification = compare_runners(baseline, candidate, [example], where_taken=others, tolerance=tolerance)
-    return compare_layers(baseline, candidate, resized(example, 1), layers, verification)
+    small = resized(example, min(example.size, 2)) if example.size else example
+    others = [*other_batch_sizes(example), *other_values(small), *other_shapes(small)]
+    with keeping(before), keeping(after):
+        baseline, candidate = open_runner(before, device=device), open_runner(after, device=device)
+        verification = compare_runners(baseline, candidate, [example], where_taken=others, tolerance=tolerance)
+        return compare_layers(baseline, candidate, resized(example, 1), layers, verification)
+
+
+def keeping(model: Model) -> AbstractContextManager[None]:
+    """Leave a torch model as it is: running it may count, cache, or update statistics."""
+    if model.kind == "onnx":
+        return nullcontext()
+    from bnctl.engines.torch.engine import keeping_state
+
+    native: Any = model.native
+    return keeping_state(native)
 
 
 def require(verification: Verification, command: str, word: str) -> None:

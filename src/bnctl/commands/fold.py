@@ -52,6 +52,7 @@ def fold_model(
     plan = plan_fold(captured.graph, selected=selection.takes)
     selection.check(site.name for site in plan.sites)
     report = _report(model, plan)
+    report = replace(report, notes=(*report.notes, *captured.notes))
     if dry_run or not plan.removed:
         return Outcome(model, replace(report, elapsed_s=time.perf_counter() - started))
     folded = engine.fold(captured, plan)

@@ -1,9 +1,10 @@
-"""The samples of a batch as batches of other sizes."""
+"""A batch as other batches: of other sizes, shapes and values."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,51 @@ def other_batch_sizes(batch: Batch) -> list[Batch]:
     They find a batch size that surgery or export has baked into the model. See :func:`resized` for what is resized.
     """
     return [resized(batch, size) for size in (1, 3) if batch.size and size != batch.size]
+
+
+def other_values(batch: Batch) -> list[Batch]:
+    """The batch with other float values: turned around, and larger and brighter.
+
+    They find numbers of the example that surgery has baked in, and paths that the example did not take.
+    """
+    return [
+        _mapped(batch, partial(_scaled, factor=factor, offset=offset)) for factor, offset in ((-1.7, 0.0), (1.7, 3.0))
+    ]
+
+
+def _scaled(value: Any, factor: float, offset: float) -> Any:
+    return value * factor + offset
+
+
+def other_shapes(batch: Batch) -> list[Batch]:
+    """The batch with longer axes behind the channels, of inputs with three axes or more; many models do not take them."""
+    return [_mapped(batch, partial(_longer, axes=axes)) for axes in ((2, 3, 4), (1,))]
+
+
+def _longer(value: Any, axes: tuple[int, ...]) -> Any:
+    """Repeat from the start along some axes, to 32 more: what was a multiple of 32 stays one."""
+    if value.ndim < 3 or (axes == (1,) and value.ndim != 3):
+        return value
+    for axis in (a for a in axes if a < value.ndim):
+        size = value.shape[axis]
+        index = [i % size for i in range(size + 32)]
+        value = value[(slice(None),) * axis + (index,)]
+    return value
+
+
+def _mapped(batch: Batch, change: Callable[[Any], Any]) -> Batch:
+    def walk(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: walk(inner) for key, inner in value.items()}
+        if type(value) in {list, tuple}:
+            return type(value)(walk(inner) for inner in value)
+        kind = getattr(getattr(value, "dtype", None), "is_floating_point", None)
+        if kind is None:
+            kind = isinstance(value, np.ndarray) and value.dtype.kind == "f"
+        return change(value) if kind and getattr(value, "ndim", 0) else value
+
+    kwargs = {name: walk(value) for name, value in batch.kwargs.items()}
+    return replace(batch, args=tuple(walk(value) for value in batch.args), kwargs=kwargs)
 
 
 def resized(batch: Batch, size: int) -> Batch:

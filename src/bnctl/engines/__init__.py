@@ -24,11 +24,13 @@ class Captured:
         model: as it came; nobody changes it.
         graph: the normalised graph.
         native: what the engine needs to find its own objects again.
+        notes: what a reader should know of the capture.
     """
 
     model: Model
     graph: Graph
     native: Any
+    notes: tuple[str, ...] = ()
 
 
 class Engine(Protocol):

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from bnctl.numerics.compare import ArrayError, compare
@@ -72,7 +73,7 @@ def first_divergence(baseline: Trace, candidate: Trace, limit: float) -> Diverge
     return Divergence(first, errors[first].max_abs, errors[first].max_rel, errors[first].mismatch)
 
 
-def last_layers(baseline: Trace, candidate: Trace) -> dict[str, ArrayError]:
+def last_layers(baseline: Trace, candidate: Trace, outputs: Iterable[NDArray[Any]]) -> dict[str, ArrayError]:
     """Errors of the common layers closest to the outputs, of those that say anything: empty and all-zero values are looked through.
 
     They stand in for outputs that are empty, such as those of a detector that finds nothing.
@@ -80,8 +81,14 @@ def last_layers(baseline: Trace, candidate: Trace) -> dict[str, ArrayError]:
     Args:
         baseline: execution of the model that is right by definition.
         candidate: execution of the other model, of the same kind, on the same batch.
+        outputs: the baseline's outputs; a layer that is one of them is looked through.
     """
-    common = baseline.values.keys() & candidate.values.keys()
+    given = [value for value in outputs if value.size]
+    common = {
+        name
+        for name in baseline.values.keys() & candidate.values.keys()
+        if not any(np.array_equal(baseline.values[name], value, equal_nan=value.dtype.kind == "f") for value in given)
+    }
     errors = {name: compare(baseline.values[name], candidate.values[name]) for name in common}
     telling = {name for name in common if errors[name].informative}
     return {name: errors[name] for name in sorted(_nearest(candidate.outputs, candidate.parents, telling))}

@@ -18,7 +18,7 @@ from bnctl.engines.torch.calibrate import output_moments
 from bnctl.engines.torch.edits import apply_edits
 from bnctl.engines.torch.layers import inserted_norm
 from bnctl.engines.torch.lift import Lifted, lift
-from bnctl.engines.torch.record import record, tensors_in
+from bnctl.engines.torch.record import Trace, record, tensors_in
 from bnctl.engines.torch.relayer import give_layers_back
 from bnctl.engines.torch.surgery import apply_fold
 from bnctl.errors import ModelError
@@ -75,7 +75,7 @@ class TorchEngine:
                     hint="give the shapes that the model takes with --input, or real data with --data",
                 ) from error
         lifted = lift(trace)
-        return Captured(model, lifted.graph, _Native(module, lifted, modes))
+        return Captured(model, lifted.graph, _Native(module, lifted, modes), tuple(_notes(trace)))
 
     def fold(self, captured: Captured, plan: FoldPlan) -> Model:
         """Fold on the copy that was captured; call it once."""
@@ -138,10 +138,23 @@ def _computed_tensors(module: Any) -> Iterator[torch.Tensor]:
         yield from (t for t in tensors_in(tuple(attributes)) if not t.is_leaf)
 
 
+_READS_OF_VALUES = {"aten._local_scalar_dense", "aten.is_nonzero", "aten.equal", "aten.nonzero", "aten.item"}
+
+
+def _notes(trace: Trace) -> Iterator[str]:
+    """Says so where Python looked at values: other inputs may take another path than the example."""
+    reading = [
+        c for c in trace.ops if c.op.rpartition(".")[0] in _READS_OF_VALUES and not set(c.inputs) <= set(trace.tensors)
+    ]
+    if reading:
+        place = reading[0].within.path or "the model"
+        yield f"the forward of {place} reads values of tensors: only the path that the example took has been analysed"
+
+
 @contextmanager
 def keeping_state(module: nn.Module) -> Iterator[None]:
     """Put buffers and plain attributes back afterwards: a layer in training mode updates its statistics when it runs, and a module may count or cache."""
-    parts = list(module.modules())
+    parts = [part for part in module.modules() if not isinstance(part, torch.jit.ScriptModule)]
     attributes = [dict(vars(part)) for part in parts]
     registered = [(dict(part._parameters), dict(part._buffers)) for part in parts]
     values = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]

@@ -63,9 +63,10 @@ class _Lifter(Operands):
     # What the translation table asks for.
 
     def constant(self, item: Any) -> Array | None:
-        """The value of a number or of a tensor that derives from parameters alone; None for anything that depends on the input."""
-        if isinstance(item, (int, float)) and not isinstance(item, bool):
-            return np.asarray(float(item))
+        """The value of a tensor that derives from parameters alone; None for anything that may depend on the input.
+
+        A plain number may: ``x / math.sqrt(x.shape[-1])`` and ``x * 0.5`` look the same to the dispatcher.
+        """
         if isinstance(item, Ref) and item.value in self.trace.tensors:
             if item.value not in self.arrays:
                 tensor = self.trace.tensors[item.value]
@@ -155,17 +156,19 @@ class _Lifter(Operands):
         """The affine layer that an affine operator belongs to, as one node, and the operators that it consists of."""
         within = call.within
         found = self._analysed(within)
+        hooked = _hooked(within.module) or within.module._forward_pre_hooks
+        whole_obstacle = Obstacle("BN107", f"{within.path} has a hook") if hooked and within.path else None
         if found is None or call not in found[0].calls:
             place = within.path or "the model itself"
-            obstacle = Obstacle("BN109", f"computed in the forward of {place}, which also does other things")
+            obstacle = whole_obstacle or Obstacle(
+                "BN109", f"computed in the forward of {place}, which also does other things"
+            )
             name = self._owner_of_statistics(call) or f"{node.layer}#{node.id}"
             return replace(node, layer=name, obstacle=obstacle), set()
         head, removal = found
         assert isinstance(node.op, ops.Affine)
         single = len(head.calls) == 1
         op = replace(node.op, map=head.map, norm=node.op.norm or _is_norm(within.module))
-        hooked = _hooked(within.module) or within.module._forward_pre_hooks
-        whole_obstacle = Obstacle("BN107", f"{within.path} has a hook") if hooked else None
         removals[removal.path] = removal
         if any((other := self._analysed(c)) is None or other[1] != removal for c in self.calls[id(within.module)]):
             whole_obstacle = Obstacle("BN109", f"{removal.path} does different things in different calls")

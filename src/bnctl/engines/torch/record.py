@@ -193,8 +193,10 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         before = tensors_in((args, kwargs))
-        inputs = tuple(self.value_of(t) for t in before)
+        for tensor in before:
+            self.value_of(tensor)
         recorded_args, recorded_kwargs = self._with_refs(args), self._with_refs(kwargs)
+        inputs = tuple(_refs((recorded_args, recorded_kwargs)))
         result = func(*args, **kwargs)
         written = _written(func, args, kwargs) if func._schema.is_mutable else []
         known = {id(t) for t in before}
@@ -272,6 +274,17 @@ class _Recorder(TorchDispatchMode):
         self.trace.held = {
             v for t, v in self.versions.items() if id(t) not in self.names and v not in self.trace.tensors
         } - set(self.trace.inputs)
+
+
+def _refs(tree: Any) -> Iterator[int]:
+    """The values that recorded arguments refer to, once per read: ``x + x`` reads x twice."""
+    if isinstance(tree, Ref):
+        yield tree.value
+    elif isinstance(tree, (tuple, list)):
+        for item in tree:
+            yield from _refs(item)
+    elif isinstance(tree, dict):
+        yield from _refs(tuple(tree.values()))
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
