@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import random
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from bnctl.bench import spawn
-from bnctl.bench.accuracy import hits, measure_accuracy
+from bnctl.bench.accuracy import Accuracy, hits, measure_accuracy
 from bnctl.bench.gates import METRICS, exit_code, parse_gate
 from bnctl.bench.latency import free_gain_note, measure_latency
 from bnctl.bench.run import run_bench
@@ -347,6 +348,95 @@ class TestAccuracy:
             measure_accuracy(["a", "b"], pair, mixed)
         with pytest.raises(DataError, match="b: class scores"):
             measure_accuracy(["a", "b"], [pair[0], Classifier(np.eye(4)[np.arange(30) % 4])], labelled(None, 30))
+
+
+class Outputs(Classifier):
+    """A classifier whose outputs are made of its scores; like a Squeeze, one sample has no batch axis where asked."""
+
+    def __init__(self, scores: NDArray[Any], *, squeezes: bool = False, **factors: float) -> None:
+        super().__init__(scores)
+        self.factors, self.squeezes = factors, squeezes
+
+    def run(self, batch: Batch) -> dict[str, NDArray[Any]]:
+        scores = super().run(batch)["logits"]
+        return {name: f * (scores.squeeze() if self.squeezes else scores) for name, f in self.factors.items()}
+
+
+class TestWhatIsCompared:
+    SCORES = np.eye(3)[np.arange(33) % 3] + 0.1
+
+    def measure(self, *runners: Any, labels: Any = None, gated: bool = False) -> Accuracy:
+        return measure_accuracy(["a", "b"], runners, labelled(labels, 33, 32), gated=gated)
+
+    def test_nan_on_one_side_is_a_flip(self):
+        """``argmax`` of a row of NaN is 0, the class that the baseline predicts."""
+        first = np.tile([1.0, 0, 0], (33, 1))
+        broken = first.copy()
+        broken[:4] = np.nan
+        for pair in ([first, broken], [broken, first]):
+            found = self.measure(*map(Classifier, pair))
+            assert found.agreement[0].flips == 4
+            assert found.notes == (f"{'ab'[pair[1] is broken]} returned NaN for 4 of 33 samples",)
+        assert self.measure(Classifier(first), Classifier(first)).notes == ()
+        both = self.measure(Classifier(broken), Classifier(broken))
+        assert both.agreement[0].flips == 0
+        assert len(both.notes) == 2
+
+    def test_nan_fails_the_gate_and_is_noted(self):
+        first = np.tile([1.0, 0, 0], (50, 1))
+        found = accuracy_bench(None, [first, first * np.nan], "flips<=0", n=50)
+        assert found.verdict == "fail"
+        assert found.notes == ("b returned NaN for 50 of 50 samples",)
+
+    def test_the_judged_output_is_named(self):
+        found = self.measure(*[Classifier(self.SCORES)] * 2, labels=np.arange(33) % 3)
+        assert {row.to_dict()["output"] for row in (*found.rows, *found.agreement)} == {"logits"}
+
+    def test_several_outputs_of_class_scores_are_noted_and_hold_no_gate(self):
+        pair = [Outputs(self.SCORES, embedding=1, y=1), Outputs(self.SCORES, embedding=1, y=-1)]
+        found = self.measure(*pair)
+        assert (found.agreement[0].output, found.agreement[0].flips) == ("embedding", 0)
+        assert found.notes == (
+            "a: 2 outputs look like class scores (embedding, y); embedding is judged, the others are not",
+        )
+        with pytest.raises(UsageError, match=r"a: 2 outputs .*\(embedding, y\)"):
+            self.measure(*pair, gated=True)
+
+    @pytest.mark.parametrize("gate", ["flips<=0", "top1.drop<=90"])
+    def test_only_gates_on_accuracy_need_one_output(self, gate):
+        def run(*gates: str) -> Any:
+            runners = iter([Outputs(self.SCORES, e=1, y=1)] * 2)
+            data = list(labelled(np.arange(33) % 3, 33))
+            return run_bench(
+                MODELS,
+                data,
+                gates=gates,
+                open_runner=lambda model: next(runners),
+                run_process=FakeMachine(1, 1),
+                options=LatencyOptions(processes=2, max_processes=2),
+            )
+
+        assert any("e is judged" in note for note in run("latency.ratio<=9").notes)
+        with pytest.raises(UsageError, match="no gate"):
+            run(gate)
+
+    def test_the_baselines_name_chooses_the_candidates_output(self):
+        baseline = Outputs(self.SCORES, y=1)
+        found = self.measure(baseline, Outputs(self.SCORES, e=-1, y=1), gated=True)
+        assert (found.agreement[0].flips, found.notes) == (0, ())
+        with pytest.raises(UsageError, match="b: 2 outputs"):
+            self.measure(baseline, Outputs(self.SCORES, e=1, f=1), gated=True)
+        assert self.measure(baseline, Outputs(self.SCORES, z=1), gated=True).notes == ()
+
+    @pytest.mark.parametrize("labels", [None, np.arange(33) % 3])
+    def test_a_batch_without_class_scores_is_not_counted(self, labels):
+        pair = [Outputs(self.SCORES, squeezes=True, y=1), Outputs(self.SCORES, squeezes=True, y=1)]
+        found = self.measure(*pair, labels=labels)
+        assert {row.to_dict()["samples"] for row in (*found.rows, *found.agreement)} == {32}
+        problem = r"a: output y for a batch of 1 is not of shape \(N, C\): 1 of 33 samples"
+        assert re.match(problem, found.notes[0])
+        with pytest.raises(DataError, match=problem):
+            self.measure(*pair, labels=labels, gated=True)
 
 
 def accuracy_bench(labels: Any, scores: list[NDArray[Any]], *gates: str, n: int = 2000) -> Any:
