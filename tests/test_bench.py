@@ -386,7 +386,7 @@ class TestWhatIsCompared:
         first = np.tile([1.0, 0, 0], (50, 1))
         found = accuracy_bench(None, [first, first * np.nan], "flips<=0", n=50)
         assert found.verdict == "fail"
-        assert found.notes == ("b returned NaN for 50 of 50 samples",)
+        assert found.notes == ("candidate.onnx returned NaN for 50 of 50 samples",)
 
     def test_the_judged_output_is_named(self):
         found = self.measure(*[Classifier(self.SCORES)] * 2, labels=np.arange(33) % 3)
