@@ -13,6 +13,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from bnctl.cli.app import run as cli
 from bnctl.data.batches import Batch
 from bnctl.engines.onnx.engine import OnnxEngine
 from bnctl.engines.onnx.lift import lift
@@ -278,3 +279,73 @@ def test_the_face_for_the_commands() -> None:
     again = engine.insert(captured, sites, engine.calibrate(captured, sites, batches), 1e-5)
     assert count(again.native, "BatchNormalization") == 1 and again.word == "net.onnx"
     assert worst_error(model.native, again.native)[0] < 2e-5
+
+
+# Declared shapes
+
+
+def _flattened(*, domain: str = "") -> Net:
+    """A Reshape that moves the channels only if the convolution's output is not 1x1; `domain` hides what that output is."""
+    net = Net(FREE, 3, "H", "W")
+    v = net.add("Conv", "x", net.normal(4, 3, 6, 6), out="c")
+    if domain:
+        v = net.add("Mystery", v, out="m", domain=domain)
+    net.bn(net.add("Reshape", v, np.array([-1, 4]), out="d"), 4, out="y")
+    return net
+
+
+def _declare(net: Net, **shapes: list[int | str]) -> ir.Model:
+    proto = net.proto("y")
+    del proto.graph.value_info[:]
+    proto.graph.value_info.extend(helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in shapes.items())
+    return ir.from_proto(proto)
+
+
+def test_stale_declared_shapes_are_not_believed() -> None:
+    model = _declare(_flattened(), c=[1, 4, 1, 1], d=[1, 4])
+    folded, found = fold(model)
+    assert list(found.values()) != [None]
+    feeds = {"x": np.random.default_rng(0).normal(0, 1, (3, 3, 6, 9)).astype(np.float32)}
+    before, after = run(model, feeds, inner=False), run(folded, feeds, inner=False)
+    np.testing.assert_allclose(before["y"], after["y"], atol=1e-4)
+
+
+def test_declared_shapes_help_behind_an_operator_that_inference_does_not_know() -> None:
+    info = lift(_declare(_flattened(domain="mine"), m=["N", 4, 1, 1], d=["N", 4, 7])).info
+    assert info["m"].shape == ("N", 4, 1, 1)
+    assert info["d"].shape is not None and len(info["d"].shape) == 2, "it follows from what is declared before it"
+
+
+# External data through the command line
+
+
+def test_commands_on_a_model_with_external_data(tmp_path: Path) -> None:
+    net = Net(FREE, 3, 8, 8)
+    v = net.add("Relu", net.bn(net.conv("x", 3, 4), 4))
+    net.add("Conv", v, net.normal(2, 4, 1, 1), out="y")
+    model, folded, back = (str(tmp_path / name) for name in ("model.onnx", "folded.onnx", "back.onnx"))
+    onnx.save(net.proto("y"), model, save_as_external_data=True, location="model.data", size_threshold=0)
+    assert cli(["fold", model, "-o", folded]) == 0
+    assert count(ir.load(folded), "BatchNormalization") == 0
+    assert cli(["verify", model, folded]) == 0
+    assert cli(["insert", folded, "-o", back, "--data", "random:16", "--input", "1x3x8x8"]) == 0
+    assert count(ir.load(back), "BatchNormalization") == 1
+
+
+def test_a_sparse_initializer_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    net = Net(FREE, 4, 6, 6)
+    net.bn(net.conv("x", 4, 4), 4, out="y")
+    proto = net.proto("y")
+    dense = proto.graph.initializer[1]  # the bias of the convolution
+    values = numpy_helper.to_array(dense)
+    proto.graph.sparse_initializer.append(
+        helper.make_sparse_tensor(
+            numpy_helper.from_array(values, dense.name), numpy_helper.from_array(np.arange(4, dtype=np.int64)), [4]
+        )
+    )
+    proto.graph.initializer.remove(dense)
+    path = tmp_path / "sparse.onnx"
+    path.write_bytes(proto.SerializeToString())
+    assert cli(["inspect", str(path)]) == 2
+    shown = capsys.readouterr().err
+    assert "is sparse" in shown and "dense tensor" in shown

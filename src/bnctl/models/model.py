@@ -24,6 +24,7 @@ class Model:
             factory with weights; None for a factory without.
         origin: how a torch model is built again, where that is known; a bundle records it.
         program: the exported program behind `native`, for a `.pt2` archive.
+        dynamic_axes: the axes of any size of each input tensor of a `.pt2` archive, inputs flattened; surgery keeps them.
     """
 
     kind: Literal["onnx", "torch"]
@@ -32,3 +33,4 @@ class Model:
     sha256: str | None = None
     origin: Origin | None = None
     program: torch.export.ExportedProgram | None = None
+    dynamic_axes: tuple[tuple[int, ...], ...] | None = None

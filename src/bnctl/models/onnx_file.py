@@ -41,7 +41,7 @@ def load_onnx(path: str | os.PathLike[str]) -> onnx_ir.Model:
     External tensors elsewhere (attributes, functions) are read at once: they are small, and writing them again needs them.
 
     Raises:
-        ModelError: see :func:`check_external_data`.
+        ModelError: see :func:`check_external_data`; or an initializer is sparse, which onnx-ir would drop.
     """
     import onnx_ir
     from onnx.external_data_helper import load_external_data_for_tensor
@@ -49,6 +49,7 @@ def load_onnx(path: str | os.PathLike[str]) -> onnx_ir.Model:
     file = Path(path)
     proto = _read_proto(file)
     _check_external(proto, file)
+    _refuse_sparse(proto, file)
     folder = str(file.resolve().parent)
     try:
         for tensor, mapped in _external_tensors(proto):
@@ -146,6 +147,24 @@ def _check_external(proto: onnx.ModelProto, path: Path) -> None:
                 f"{path}: tensor {tensor.name or '(unnamed)'}: {reason}",
                 hint="keep external data as plain files in the model's own folder",
             )
+
+
+def _refuse_sparse(proto: onnx.ModelProto, path: Path) -> None:
+    for graph in _graphs(proto.graph):
+        if graph.sparse_initializer:
+            raise ModelError(
+                f"{path}: initializer {graph.sparse_initializer[0].values.name or '(unnamed)'} is sparse, and bnctl reads dense ones only",
+                hint="write it as a dense tensor (an entry of graph.initializer), or export the model again without sparse weights",
+            )
+
+
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """A graph, and those inside its nodes, at any depth."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                yield from _graphs(inner)
 
 
 def _problem(tensor: onnx.TensorProto, folder: Path) -> str | None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bnctl.errors import UsageError
 from bnctl.models.digest import sha256_file
 from bnctl.models.model import Model
 from bnctl.models.origin import Origin
 from bnctl.models.spec import BundleWord, FactoryWord, ModelWord, OnnxWord, Pt2Word, parse_model_word
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
 
 
 def open_model(
@@ -64,7 +68,14 @@ def _open_pt2(word: Pt2Word, trust: bool) -> Model:
     from bnctl.models.pt2 import load_pt2
 
     program = load_pt2(word.path, trust=trust)
-    return Model("torch", program.module(), word.word, sha256_file(word.path), program=program)
+    axes = _dynamic_axes(program)
+    return Model("torch", program.module(), word.word, sha256_file(word.path), program=program, dynamic_axes=axes)
+
+
+def _dynamic_axes(program: ExportedProgram) -> tuple[tuple[int, ...], ...]:
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    shapes = [getattr(values.get(name), "shape", ()) for name in program.graph_signature.user_inputs]
+    return tuple(tuple(axis for axis, size in enumerate(shape) if not isinstance(size, int)) for shape in shapes)
 
 
 def _open_bundle(
@@ -73,6 +84,8 @@ def _open_bundle(
     from bnctl.models.bundle import bundle_sha256, load_bundle
 
     module, origin = load_bundle(word.path, trust=trust, factory=factory, trusted_factories=trusted_factories)
+    if factory is not None:  # nobody vouches for the one that the bundle names, and it is not what built this model
+        origin = replace(origin, factory=factory if isinstance(factory, str) else "")
     return Model("torch", module, word.word, bundle_sha256(word.path), origin)
 
 

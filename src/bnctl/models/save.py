@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,10 @@ from bnctl.models.model import Model
 from bnctl.models.write import atomic_path, refuse_existing
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from bnctl.data.batches import Batch
+    from bnctl.models.origin import Origin
     from bnctl.report import Artifact
 
 
@@ -151,10 +156,17 @@ def _program(model: Model, example: Batch | None, static_batch: bool) -> Any:
         return model.program
     if example is None:
         raise UsageError("an exported graph needs example inputs", hint="give --input 1x3x224x224 or --data")
-    if not static_batch and example.size < 2:
+    any_batch = not static_batch and (model.dynamic_axes is None or any(0 in axes for axes in model.dynamic_axes))
+    if any_batch and example.size < 2:
         example = resized(example, 2)
     module: Any = model.native
-    return to_program(copy_module(module, model.word), example, dynamic_batch=not static_batch, name=model.word)
+    return to_program(
+        copy_module(module, model.word),
+        example,
+        dynamic_batch=any_batch,
+        dynamic_axes=model.dynamic_axes,
+        name=model.word,
+    )
 
 
 def _write_pt2(model: Model, path: Path, example: Batch | None, force: bool, static_batch: bool) -> None:
@@ -171,7 +183,7 @@ def _write_bundle(model: Model, path: Path, example: Batch | None, force: bool) 
     from bnctl.data.synthetic import specs_of
     from bnctl.models.bundle import save_bundle
 
-    if model.origin is None:
+    if model.origin is None or not model.origin.factory:
         raise UsageError(
             f"{model.word} has no Python class to rebuild, so it cannot be a bundle",
             hint="write it as .pt2 or .onnx, or start from its factory",
@@ -179,4 +191,65 @@ def _write_bundle(model: Model, path: Path, example: Batch | None, force: bool) 
     words = [str(spec) for spec in specs_of(example)] if example is not None else list(model.origin.inputs)
     source = {"path": model.word, "sha256": model.sha256}
     native: Any = model.native
+    if example is not None:
+        _check_rebuilt(native, model.origin, example, model.word)
     save_bundle(path, native, model.origin, source=source, inputs=words, force=force)
+
+
+def _check_rebuilt(module: nn.Module, origin: Origin, example: Batch, word: str) -> None:
+    """Build the model once more, and compare: what is neither in the state dict nor the same on every call of the factory is lost in a bundle.
+
+    Inputs on which the model does not even agree with itself (random, or all zero) show nothing.
+
+    Raises:
+        ModelError: the second model is another one, or cannot be built.
+    """
+    from bnctl.engines.torch.edits import apply_edits
+    from bnctl.engines.torch.engine import keeping_state
+    from bnctl.models.factory import build_module, check_fit
+    from bnctl.models.ties import named_tensors, set_tensor
+    from bnctl.runtime.torch import TorchRunner
+    from bnctl.verification import compare_runners
+
+    with _other_seed():
+        again = build_module(origin.factory, origin.args)
+    apply_edits(again, origin.edits)
+    state = module.state_dict()
+    check_fit(again, state, word)
+    again.load_state_dict(state, assign=True)
+    own = named_tensors(module)
+    for name, buffer in again.named_buffers():
+        if name not in state and name in own:
+            set_tensor(again, name, buffer.to(own[name]))  # a bundle keeps the dtype of such a buffer
+    device = str(next((tensor.device for tensor in own.values()), "cpu"))
+    with keeping_state(module), keeping_state(again):
+        baseline, candidate = TorchRunner(module, device=device), TorchRunner(again, device=device)
+        if not compare_runners(baseline, baseline, [example], locate=False).passed:
+            return
+        verification = compare_runners(baseline, candidate, [example], locate=False)
+    if not verification.passed:
+        raise ModelError(
+            f"{origin.factory} does not build the same model twice: {verification.reason}; a bundle would load as another model",
+            hint="write it as .pt2 or .onnx, or make what it draws a registered buffer",
+        )
+
+
+@contextmanager
+def _other_seed() -> Iterator[None]:
+    """Other random numbers for a while, so that a model which depends on them shows; then the generators go on where they were."""
+    import random
+
+    import numpy as np
+    import torch
+
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            seed = random.SystemRandom().getrandbits(32)
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.manual_seed(seed)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

@@ -94,7 +94,9 @@ class Constants:
     def _evaluate(self, value: ir.Value) -> None:
         stored = stored_tensor(value)
         if stored is not None:
-            self._arrays[value] = stored.numpy()
+            # A copy of what lies in another file: a view would keep the file mapped, and onnx-ir could not write the model.
+            external = isinstance(stored, ir.ExternalTensor)
+            self._arrays[value] = np.array(stored.numpy()) if external else stored.numpy()
             return
         node = value.producer()
         assert node is not None

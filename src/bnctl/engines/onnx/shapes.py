@@ -37,20 +37,63 @@ class TensorInfo:
 def infer_info(model: ir.Model) -> dict[str, TensorInfo]:
     """Shape and type of each value of the main graph, by name, as far as they follow from the inputs.
 
-    The model is not changed and its weights are not copied. Where inference fails, what the file declares is all that is known.
+    The shapes that the file declares of its other values may be stale (the batch was 1 when they were written, and the input was changed later).
+    So they are set aside, and one is used only where inference does not even find the number of axes, and nothing before it in the graph is in the same case:
+    behind an operator that the onnx package does not know, say. The model is not changed and its weights are not copied.
     """
-    proto = _inferred(_skeleton(model))
-    known = _collected(proto)
-    outputs = [_conv_output(node, known) for node in proto.graph.node if node.op_type in {"Conv", "ConvTranspose"}]
-    unknown = [
-        output for output in outputs if output is not None and known.get(output.name, TensorInfo()).shape is None
-    ]
-    if not unknown:
-        return known
-    kept = [info for info in proto.graph.value_info if info.name not in {output.name for output in unknown}]
-    del proto.graph.value_info[:]
-    proto.graph.value_info.extend([*kept, *unknown])
-    return _collected(_inferred(proto))
+    proto = _skeleton(model)
+    declared = _set_aside_shapes(proto.graph)
+    while True:
+        inferred = _inferred(proto)
+        known = _collected(inferred)
+        found = _first_unknown(proto.graph, known, declared)
+        if not found:
+            return known
+        entries = {info.name: info for info in (*proto.graph.output, *proto.graph.value_info)}
+        for info in found:
+            if info.name in entries:
+                entries[info.name].CopyFrom(info)
+            else:
+                proto.graph.value_info.append(info)
+
+
+def _set_aside_shapes(graph: onnx.GraphProto) -> dict[str, onnx.ValueInfoProto]:
+    """Take the declared shapes from what nodes compute, in subgraphs too; returns those of the graph itself, by name."""
+    import onnx
+
+    declared = {}
+    computed = {name for node in graph.node for name in node.output}
+    for info in (*graph.output, *graph.value_info):
+        if info.name in computed and info.type.HasField("tensor_type") and info.type.tensor_type.HasField("shape"):
+            declared[info.name] = onnx.ValueInfoProto.FromString(info.SerializeToString())
+            info.type.tensor_type.ClearField("shape")
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                _set_aside_shapes(inner)
+    return declared
+
+
+def _first_unknown(
+    graph: onnx.GraphProto, known: dict[str, TensorInfo], declared: dict[str, onnx.ValueInfoProto]
+) -> list[onnx.ValueInfoProto]:
+    """What can be said of values whose shape inference does not find, and would not find if the others in the list were known.
+
+    Of a convolution, that follows from its weight; of other nodes, it is what the file declares.
+    """
+    found: list[onnx.ValueInfoProto] = []
+    waiting: set[str] = set()
+    for node in graph.node:
+        unknown = [name for name in node.output if name and known.get(name, TensorInfo()).shape is None]
+        if waiting.isdisjoint(node.input):
+            convolution = _conv_output(node, known) if node.op_type in {"Conv", "ConvTranspose"} else None
+            infos = (convolution or declared.get(name) for name in unknown)
+            new = [info for info in infos if info is not None]
+            found += new
+            if not new:
+                continue
+        waiting.update(unknown)
+    return found
 
 
 def _inferred(proto: onnx.ModelProto) -> onnx.ModelProto:

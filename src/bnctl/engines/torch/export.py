@@ -6,7 +6,7 @@ import ast
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,12 @@ if TYPE_CHECKING:
 
 
 def to_program(
-    module: nn.Module, batch: Batch, *, dynamic_batch: bool = True, name: str = "the model"
+    module: nn.Module,
+    batch: Batch,
+    *,
+    dynamic_batch: bool = True,
+    dynamic_axes: Sequence[Sequence[int]] | None = None,
+    name: str = "the model",
 ) -> torch.export.ExportedProgram:
     """Export a module in eval mode.
 
@@ -33,22 +38,28 @@ def to_program(
         module: left alone.
         batch: example inputs; two samples or more where the batch size is to be dynamic.
         dynamic_batch: let the first axis of every tensor input have any size (those that have the batch's size in the example).
+        dynamic_axes: instead, the axes of each input, flattened, that are to have any size; `dynamic_batch` unset still fixes axis 0.
         name: of the model, for errors.
 
     Raises:
-        ModelError: torch.export cannot capture the model, or its code fixes the batch size.
+        ModelError: torch.export cannot capture the model, or its code fixes a size that is to be dynamic.
     """
     args, kwargs = as_tensors(batch, module)
-    shapes = _dynamic_shapes(module, args, kwargs, batch.size) if dynamic_batch else None
     with evaluating(module), torch.no_grad(), quiet():
         try:
-            return torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
+            leaves, tree = pytree.tree_flatten(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+            if dynamic_axes is None:
+                shapes = _batch_axes(leaves, batch.size) if dynamic_batch else [None] * len(leaves)
+            else:
+                shapes = _axes_of_any_size(leaves, dynamic_axes, dynamic_batch)
+            return torch.export.export(module, args, kwargs, dynamic_shapes=pytree.tree_unflatten(shapes, tree))
         except Exception as error:
-            hint = (
-                "use --static-batch to fix the batch size, or write a bundle (-o folder/)"
-                if dynamic_batch
-                else "write a bundle (-o folder/)"
-            )
+            if dynamic_axes is not None:
+                hint = "its axes of any size must be 2 or more in the example, and of different sizes: see --input"
+            elif dynamic_batch:
+                hint = "use --static-batch to fix the batch size, or write a bundle (-o folder/)"
+            else:
+                hint = "write a bundle (-o folder/)"
             raise ModelError(f"torch.export cannot capture {name}: {_first_line(error)}", hint=hint) from error
 
 
@@ -130,16 +141,20 @@ def _name_batch(model: onnx_ir.Model) -> None:
             value.shape = ir.Shape([ir.SymbolicDim("batch") if str(d) == symbol else d for d in value.shape])
 
 
-def _dynamic_shapes(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], size: int) -> dict[str, Any]:
-    """Axis 0 of every tensor that has the batch's size there, by name of the argument of forward."""
+def _batch_axes(leaves: Sequence[Any], size: int) -> list[dict[int, Any] | None]:
+    """Axis 0 of every tensor that has the batch's size there."""
     batch = torch.export.Dim("batch")
+    return [{0: batch} if isinstance(x, torch.Tensor) and x.ndim > 0 and x.shape[0] == size else None for x in leaves]
 
-    def spec(leaf: Any) -> Any:
-        carries_batch = isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and leaf.shape[0] == size
-        return {0: batch} if carries_batch else None
 
-    bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-    return {name: pytree.tree_map(spec, value) for name, value in bound.items()}
+def _axes_of_any_size(
+    leaves: Sequence[Any], axes: Sequence[Sequence[int]], dynamic_batch: bool
+) -> list[dict[int, Any] | None]:
+    """The given axes of every leaf; torch.export raises where it would fix one of them."""
+    return [
+        {axis: torch.export.Dim.DYNAMIC for axis in own if axis or dynamic_batch} or None
+        for _, own in zip(leaves, axes, strict=True)
+    ]
 
 
 @contextmanager
