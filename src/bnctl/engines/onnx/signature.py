@@ -31,6 +31,8 @@ def input_specs(model: Any) -> tuple[InputSpec, ...]:
             raise UsageError(
                 f"input {value.name} does not say its shape", hint=f"give --input {value.name}:1x3x224x224"
             )
-        shape = tuple(d if isinstance(d, int) and d > 0 else BATCH if axis == 0 else SIDE for axis, d in enumerate(value.shape))
+        shape = tuple(
+            d if isinstance(d, int) and d > 0 else BATCH if axis == 0 else SIDE for axis, d in enumerate(value.shape)
+        )
         specs.append(InputSpec(shape, str(value.name), str(value.dtype.numpy())))
     return tuple(specs)

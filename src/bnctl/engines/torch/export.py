@@ -55,7 +55,7 @@ def to_program(
             return torch.export.export(module, args, kwargs, dynamic_shapes=pytree.tree_unflatten(shapes, tree))
         except Exception as error:
             if dynamic_axes is not None:
-                hint = "its axes of any size must be 2 or more in the example, and of different sizes: see --input"
+                hint = "the axes that may have any size must have size 2 or more in the example: see --input"
             elif dynamic_batch:
                 hint = "use --static-batch to fix the batch size, or write a bundle (-o folder/)"
             else:
