@@ -61,7 +61,7 @@ class Scaled(Net):
 class Drawn(Net):
     def __init__(self, draw: str = "python") -> None:
         super().__init__()
-        self.scale = {"python": random.random, "numpy": np.random.random, "none": lambda: 0.5}[draw]()  # noqa: NPY002
+        self.scale = {"python": random.random, "numpy": np.random.random}[draw]()
 
     def last(self, x: torch.Tensor) -> torch.Tensor:
         return x * self.scale
@@ -123,10 +123,10 @@ def test_the_check_leaves_the_model_and_the_generators_alone():
     model = open_model(f"{HERE}:Fixed")
     before = [t.clone() for t in model.native.state_dict().values()]
     modes = [m.training for m in model.native.modules()]
-    states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()  # noqa: NPY002
+    states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
     save_model(model, "out", example=Batch((torch.randn(2, 3, 8, 8, dtype=torch.double, generator=torch.Generator()),)))
     assert random.getstate() == states[0]
-    assert (np.random.get_state()[1] == states[1]).all()  # noqa: NPY002
+    assert (np.random.get_state()[1] == states[1]).all()
     assert torch.equal(torch.get_rng_state(), states[2])
     assert all(torch.equal(a, b) for a, b in zip(before, model.native.state_dict().values(), strict=True))
     assert [m.training for m in model.native.modules()] == modes
@@ -149,7 +149,7 @@ def test_a_replaced_factory_is_what_the_next_bundle_names():
     save_model(opened, "second", example=example)
     assert load_bundle("second")[1].factory == f"{HERE}:other_net"
     with pytest.raises(UsageError, match="no Python class"):
-        save_model(open_model("first", factory=lambda: Net()), "third", example=example)
+        save_model(open_model("first", factory=Net), "third", example=example)
 
 
 def other_net() -> nn.Module:
