@@ -26,4 +26,5 @@ def write(source: str, target: str) -> None:
         graph.initializer.append(numpy_helper.from_array(values.astype(np.float32), node.output[0]))
     del graph.node[:]
     graph.node.extend(kept)
+    model.ir_version = max(model.ir_version, 4)  # before that, initializers had to be inputs too
     onnx.save(model, target)
