@@ -4,6 +4,9 @@
 |---|---|
 | `{"edit": "remove", "module": "bn1", "tail": [...]}` | replaces the module by what is kept of it; nothing kept: an Identity |
 | `{"edit": "bias", "module": "conv1"}` | gives a layer without bias a bias of zeros |
+| `{"edit": "bake", "module": "conv1", "layer": "Conv2d", "args": {...}, "dtype": "float32"}` | a plain layer in place of one that computes its weight |
+| `{"edit": "parameter", "module": "block", "name": "bias_0", "size": 64, "like": "weight"}` | gives a module a parameter of zeros |
+| `{"edit": "replay", "module": "block", "program": {...}}` | lets a module run a list of steps in the place of its code |
 | `{"edit": "untie", "parameter": "conv2.weight"}` | gives a shared parameter a copy of its own |
 | `{"edit": "insert", "module": "conv1", "norm": "BatchNorm2d", "features": 64, "eps": 1e-05}` | hangs a norm below a layer |
 
@@ -19,7 +22,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from bnctl.engines.torch.bake import build
 from bnctl.engines.torch.layers import INSERTED, LastAxisBatchNorm, Pointwise, attach_norm, detach_norm, inserted_norm
+from bnctl.engines.torch.program import Program, Replay
 from bnctl.engines.torch.removal import POINTWISE, Removal
 from bnctl.errors import ModelError
 
@@ -68,8 +73,13 @@ def _remove(model: nn.Module, edit: Mapping[str, Any]) -> None:
         return
     steps = OrderedDict((_step_name(step, i), _kept(old, step)) for i, step in enumerate(edit.get("tail", ())))
     new: nn.Module = nn.Sequential(steps) if steps else nn.Identity()
+    _put(model, old, new)
+
+
+def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a module in the place of another, wherever that hangs."""
     new.train(old.training)
-    for module in model.modules():  # a module may hang at several places
+    for module in model.modules():
         for key, child in module._modules.items():
             if child is old:
                 module._modules[key] = new
@@ -109,4 +119,32 @@ def _insert(model: nn.Module, edit: Mapping[str, Any]) -> None:
     attach_norm(layer, norm.to(device=weight.device, dtype=weight.dtype).train(layer.training))
 
 
-_APPLY = {"remove": _remove, "bias": _bias, "untie": _untie, "insert": _insert}
+def _bake(model: nn.Module, edit: Mapping[str, Any]) -> None:
+    old = model.get_submodule(edit["module"])
+    device = next((t.device for t in (*old.parameters(), *old.buffers())), torch.device("cpu"))
+    new = build(edit["layer"], edit["args"], getattr(torch, edit["dtype"]), device)
+    learned = any(p.requires_grad for p in old.parameters())
+    _put(model, old, new.requires_grad_(learned))
+
+
+def _parameter(model: nn.Module, edit: Mapping[str, Any]) -> None:
+    owner = model.get_submodule(edit["module"])
+    like = model.get_parameter(edit["like"])
+    zeros = torch.zeros(int(edit["size"]), dtype=like.dtype, device=like.device)
+    owner.register_parameter(edit["name"], nn.Parameter(zeros, requires_grad=like.requires_grad))
+
+
+def _replay(model: nn.Module, edit: Mapping[str, Any]) -> None:
+    module = model.get_submodule(edit["module"])
+    module.forward = Replay(module, Program.from_json(edit["program"]))
+
+
+_APPLY = {
+    "remove": _remove,
+    "bias": _bias,
+    "bake": _bake,
+    "parameter": _parameter,
+    "replay": _replay,
+    "untie": _untie,
+    "insert": _insert,
+}

@@ -15,10 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bnctl.codes import Obstacle
+from bnctl.engines.torch.bake import Bake, bake, watched_at_entry
 from bnctl.engines.torch.layers import inserted_norm
+from bnctl.engines.torch.program import Program, Reading, read
 from bnctl.engines.torch.record import ALIASED_WRITE, ModuleCall, OpCall, Ref, Trace
-from bnctl.engines.torch.removal import Head, Removal, analyse
+from bnctl.engines.torch.removal import Head, Removal, Splice, analyse
 from bnctl.engines.torch.translate import PARAMETER_ARGUMENTS, Operands, Translated, translate
+from bnctl.engines.torch.translate.table import argument
 from bnctl.graph import ops
 from bnctl.graph.graph import Graph, Node, Slot, Value
 
@@ -32,10 +35,27 @@ class Lifted:
     Args:
         graph: the normalised graph.
         removals: how to take out each affine layer, by layer name.
+        programs: the code of modules as steps, by path, where a layer can only be taken out of that.
+        rooms: empty arguments of operators in such code, by the name of the parameter that would fill them.
+        bakes: plain layers for those that compute their weight, by path.
+        shown: the modules whose output each value is.
     """
 
     graph: Graph
-    removals: dict[str, Removal]
+    removals: dict[str, Removal | Splice]
+    programs: dict[str, Program]
+    rooms: dict[str, Room]
+    bakes: dict[str, Bake]
+    shown: dict[int, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Room:
+    """An empty argument of a step of a module's program."""
+
+    path: str
+    step: int
+    position: int
 
 
 def to_numpy(tensor: Tensor) -> Array:
@@ -58,6 +78,13 @@ class _Lifter(Operands):
         self.calls: dict[int, list[ModuleCall]] = defaultdict(list)
         for call in trace.modules:
             self.calls[id(call.module)].append(call)
+        self.children: dict[ModuleCall | None, list[ModuleCall]] = defaultdict(list)
+        for call in trace.modules:
+            self.children[call.parent].append(call)
+        self.readings: dict[ModuleCall, Reading | None] = {}
+        self.programs: dict[str, Program] = {}
+        self.rooms: dict[str, Room] = {}
+        self.bakes: dict[str, Bake] = {}
         self.foreign_reads = self._reads_outside_slots()
 
     # What the translation table asks for.
@@ -87,8 +114,13 @@ class _Lifter(Operands):
         names = self.trace.parameters.get(item.value)
         shape = self.shape(item)
         if names is None:
+            tensor = f"computed:{item.value}"
+            baked = self._baked(call)
+            if baked is not None:
+                name = "weight" if item == argument(call, 1) else "bias"
+                return Slot(f"{baked.path}.{name}", shape, tensor)
             kind = Obstacle("BN108", f"the weight of {self.layer(call)} is computed in every pass")
-            return Slot(f"computed:{item.value}", shape, obstacle=kind)
+            return Slot(tensor, shape, obstacle=kind)
         prefix = f"{call.within.path}." if call.within.path else ""
         key = next(
             (n for n in names if n.rpartition(".")[0] == (call.within.path or "") and n.startswith(prefix)), names[0]
@@ -104,9 +136,20 @@ class _Lifter(Operands):
             return self.weight(item, call)
         module, path = call.within.module, call.within.path
         plain = isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) and getattr(module, "bias", 0) is None
-        if weight is not None and path is not None and plain and weight.key == _join(path, "weight"):
+        if weight is None or path is None:
+            return None
+        if plain and weight.key == _join(path, "weight"):
             return Slot(_join(path, "bias"), None)
-        return None
+        reading = self._reading(call.within)
+        if reading is None or id(call) not in reading.steps:
+            return None
+        step = reading.steps[id(call)]
+        name = f"bias_{step}"
+        if hasattr(module, name):
+            return None
+        self.programs[path] = reading.program
+        self.rooms[_join(path, name)] = Room(path, step, 2)
+        return Slot(_join(path, name), None)
 
     def layer(self, call: OpCall) -> str:
         """The layer that the user knows: the path of the innermost module, or the operator's own name within the model."""
@@ -116,7 +159,7 @@ class _Lifter(Operands):
 
     def lift(self) -> Lifted:
         nodes: list[Node] = []
-        removals: dict[str, Removal] = {}
+        removals: dict[str, Removal | Splice] = {}
         swallowed: set[int] = set()
         for call in self.trace.ops:
             number = self.numbers[id(call)]
@@ -136,7 +179,7 @@ class _Lifter(Operands):
             tuple(self.trace.outputs),
             type(self.trace.root).__name__,
         )
-        return Lifted(graph, removals)
+        return Lifted(graph, removals, self.programs, self.rooms, self.bakes, self._shown())
 
     def _node(self, call: OpCall) -> Node:
         number = self.numbers[id(call)]
@@ -152,7 +195,7 @@ class _Lifter(Operands):
         slots = (found.weight, found.bias)
         return Node(number, found.op, name or self.layer(call), data, call.outputs, *slots, obstacle, in_place)
 
-    def _layer_of(self, node: Node, call: OpCall, removals: dict[str, Removal]) -> tuple[Node, set[int]]:
+    def _layer_of(self, node: Node, call: OpCall, removals: dict[str, Removal | Splice]) -> tuple[Node, set[int]]:
         """The affine layer that an affine operator belongs to, as one node, and the operators that it consists of."""
         within = call.within
         found = self._analysed(within)
@@ -160,6 +203,9 @@ class _Lifter(Operands):
         whole_obstacle = Obstacle("BN107", f"{within.path} has a hook") if hooked and within.path else None
         if found is None or call not in found[0].calls:
             place = within.path or "the model itself"
+            spliced = self._spliced(node, call, removals)
+            if spliced is not None:
+                return spliced, set()
             obstacle = whole_obstacle or Obstacle(
                 "BN109", f"computed in the forward of {place}, which also does other things"
             )
@@ -175,6 +221,73 @@ class _Lifter(Operands):
         slots = (node.weight, node.bias) if single else (None, None)
         whole = Node(node.id, op, removal.path, (head.source,), (head.result,), *slots, whole_obstacle, node.in_place)
         return whole, {self.numbers[id(c)] for c in head.calls}
+
+    def _spliced(self, node: Node, call: OpCall, removals: dict[str, Removal | Splice]) -> Node | None:
+        """The node as a layer that can be taken out of the code around it; None where it cannot."""
+        reading = self._reading(call.within)
+        before, after = self.trace.info[node.inputs[0]], self.trace.info[node.outputs[0]]
+        if reading is None or id(call) not in reading.steps or before != after:  # nothing is left that would convert
+            return None
+        path = call.within.path or ""
+        step = reading.steps[id(call)]
+        name = self._owner_of_statistics(call) or f"{node.layer}#{step}"
+        alias = (reading.numbers[node.outputs[0]], reading.numbers[node.inputs[0]])
+        known = removals.get(name, Splice(path, ()))
+        if not isinstance(known, Splice) or known.path != path:
+            return None
+        self.programs[path] = reading.program
+        removals[name] = Splice(path, tuple(dict.fromkeys((*known.aliases, alias))))
+        return replace(node, layer=name)
+
+    def _reading(self, call: ModuleCall) -> Reading | None:
+        """The code of a module as steps; None where it cannot be read, or differs from call to call."""
+        if call not in self.readings:
+            for each in self.calls[id(call.module)]:
+                own = [c for c in self.inner.get(each, ()) if c.within is each]
+                self.readings[each] = read(each, own, self.children[each], self.numbers, self.trace)
+            found = [self.readings[each] for each in self.calls[id(call.module)]]
+            programs = [None if reading is None else reading.program for reading in found]
+            if not programs or any(program != programs[0] for program in programs):
+                self.readings |= dict.fromkeys(self.calls[id(call.module)])
+        return self.readings.get(call)
+
+    def _baked(self, call: OpCall) -> Bake | None:
+        """The plain layer in the place of one that computes its weight; all calls must agree."""
+        path = call.within.path
+        if path is None or self._read_elsewhere(path):
+            return None
+        if path not in self.bakes:
+            found = []
+            for each in self.calls[id(call.within.module)]:
+                inside = self.inner.get(each, [])
+                linear = [c for c in inside if c.op == call.op]
+                found.append(bake(each, linear[0], inside, self.trace) if len(linear) == 1 else None)
+            first = found[0]
+            if first is None or any(
+                f is None or f.args != first.args or not f.weight.equal(first.weight) for f in found
+            ):
+                return None
+            self.bakes[path] = first
+        return self.bakes[path]
+
+    def _read_elsewhere(self, path: str) -> bool:
+        """Whether code outside a module reads its parameters by no other name than the module's own."""
+        for call in self.trace.ops:
+            where = call.within.path or ""
+            if where == path or where.startswith(f"{path}."):
+                continue
+            for value in call.inputs:
+                names = self.trace.parameters.get(value, ())
+                if any(n.startswith(f"{path}.") for n in names) and all(n.startswith(f"{path}.") for n in names):
+                    return True
+        return False
+
+    def _shown(self) -> dict[int, tuple[str, ...]]:
+        found: dict[int, list[str]] = defaultdict(list)
+        for call in self.trace.modules:
+            for value in call.outputs:
+                found[value].append(call.path or "")
+        return {value: tuple(paths) for value, paths in found.items()}
 
     def _analysed(self, call: ModuleCall) -> tuple[Head, Removal] | None:
         if call not in self.analyses:
@@ -220,7 +333,7 @@ class _Lifter(Operands):
             observed[value] = Obstacle("BN107", "the tensor is kept after the pass, by a hook or an attribute")
         for call in self.trace.modules:
             seen = (*call.inputs, *(call.outputs if _hooked(call.module) else ()))
-            if _hooked(call.module) or call.module._forward_pre_hooks:
+            if _hooked(call.module) or watched_at_entry(call.module):
                 for value in seen:
                     observed[value] = Obstacle("BN107", f"a hook of {call.path} sees it")
         for value in self.trace.outputs:

@@ -32,16 +32,37 @@ class Ref:
     value: int
 
 
+@dataclass(frozen=True)
+class Unknown:
+    """Stands for an object of some class in recorded arguments."""
+
+
 @dataclass(eq=False)
 class ModuleCall:
-    """One call of a module; ``parent`` is the call it happened in. ``plain``: one tensor went in by position, and one tensor came out."""
+    """One call of a module.
+
+    Args:
+        module: what was called; ``path`` is its first name in the model.
+        parent: the call it happened in.
+        inputs, outputs: values of the tensors that went in and came out.
+        start: operators recorded before it.
+        args, kwargs, result: what it was given and what it returned, with :class:`Ref` where tensors were.
+    """
 
     module: nn.Module
     path: str | None
     parent: ModuleCall | None
     inputs: list[int]
     outputs: list[int] = field(default_factory=list)
-    plain: bool = False
+    start: int = 0
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    result: Any = None
+
+    @property
+    def plain(self) -> bool:
+        """One tensor went in by position, and one tensor came out."""
+        return len(self.args) == 1 and not self.kwargs and all(isinstance(t, Ref) for t in (*self.args, self.result))
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,6 +252,16 @@ class _Recorder(TorchDispatchMode):
             return {key: self._with_refs(item) for key, item in tree.items()}
         return tree
 
+    def _structure(self, tree: Any) -> Any:
+        """As :meth:`_with_refs`, for what a module is given: anything may come, and nothing that could hold a tensor is kept."""
+        if isinstance(tree, Tensor):
+            return Ref(self.value_of(tree))
+        if type(tree) in {tuple, list}:
+            return type(tree)(self._structure(item) for item in tree)
+        if type(tree) is dict:
+            return {key: self._structure(item) for key, item in tree.items()}
+        return tree if isinstance(tree, (int, float, str, type(None))) else Unknown()
+
     def _touch_aliases(self, tensor: Tensor) -> None:
         """Every other living tensor over the written storage becomes a new value that depends on the write."""
         if tensor.layout != torch.strided:
@@ -247,13 +278,14 @@ class _Recorder(TorchDispatchMode):
 
         def enter(module: nn.Module, args: Any) -> None:
             inputs = [self.value_of(t) for t in tensors_in(args)]
-            self.current = ModuleCall(module, self.paths.get(id(module)), self.current, inputs)
+            path, start = self.paths.get(id(module)), len(self.trace.ops)
+            self.current = ModuleCall(module, path, self.current, inputs, start=start, args=self._structure(args))
             self.trace.modules.append(self.current)
 
         def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             self.current.outputs = [self.value_of(t) for t in tensors_in(output)]
-            self.current.plain = [type(a) for a in args] == [Tensor] and not kwargs and isinstance(output, Tensor)
             self.current.inputs += [v for t in tensors_in(kwargs) if (v := self.value_of(t)) not in self.current.inputs]
+            self.current.kwargs, self.current.result = self._structure(kwargs), self._structure(output)
             self.current = self.current.parent or self.top
 
         handles = [

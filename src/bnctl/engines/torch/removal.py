@@ -3,7 +3,8 @@
 A module call is *spent* when all that it does to data is an affine map, perhaps followed by things worth keeping: a BatchNorm;
 a FrozenBatchNorm (a Mul and an Add); a LayerScale; a BatchNorm that transposes to reach the last axis; timm's BatchNormAct2d,
 which calls its activation. The module is then replaced by what is kept of it: nothing (an Identity), or its tail of child
-modules and elementwise operators.
+modules and elementwise operators. An affine in code that also does other things is *spliced* out of that code
+(:mod:`bnctl.engines.torch.program`).
 """
 
 from __future__ import annotations
@@ -33,6 +34,14 @@ class Removal:
 
     path: str
     tail: tuple[Step, ...]
+
+
+@dataclass(frozen=True)
+class Splice:
+    """Let the code of the module at ``path`` go on without some of its operators: in its program, other values stand for theirs."""
+
+    path: str
+    aliases: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,9 +8,11 @@ from torch import nn
 from bnctl.engines.torch.edits import Edit as Structural
 from bnctl.engines.torch.edits import apply_edits, removal_edit
 from bnctl.engines.torch.lift import Lifted, to_numpy
+from bnctl.engines.torch.program import Program
+from bnctl.engines.torch.removal import Removal, Splice
 from bnctl.graph.affine import Array
 from bnctl.graph.graph import Slot
-from bnctl.plan.fold import FoldPlan
+from bnctl.plan.fold import Edit, FoldPlan
 from bnctl.plan.parameters import check_range, new_parameters
 
 
@@ -25,10 +27,20 @@ def apply_fold(model: nn.Module, lifted: Lifted, plan: FoldPlan) -> list[Structu
     Raises:
         OverflowInFoldError: a folded parameter does not fit its dtype. The model is then half edited: drop it.
     """
-    edits: list[Structural] = [{"edit": "untie", "parameter": slot.key} for slot in plan.untied]
-    filled = [edit.node.bias.key for edit in plan.edits if edit.node.bias is not None and edit.node.bias.shape is None]
-    edits += [{"edit": "bias", "module": key.rpartition(".")[0]} for key in filled]
+    bakes = [
+        lifted.bakes[path]
+        for path in dict.fromkeys(_owner(edit.weight.key) for edit in plan.edits)
+        if path in lifted.bakes
+    ]
+    computed = {f"{bake.path}.{name}" for bake in bakes for name in ("weight", "bias")}
+    edits: list[Structural] = [{"edit": "untie", "parameter": s.key} for s in plan.untied if s.key not in computed]
+    edits += [bake.edit() for bake in bakes]
+    edits += [
+        _room_edit(edit, lifted) for edit in plan.edits if edit.node.bias is not None and edit.node.bias.shape is None
+    ]
     apply_edits(model, edits)
+    for bake in bakes:
+        bake.fill(model)
     for edit in plan.edits:
         bias_slot = edit.node.bias
         bias = to_numpy(model.get_parameter(bias_slot.key)) if bias_slot is not None else None
@@ -36,10 +48,38 @@ def apply_fold(model: nn.Module, lifted: Lifted, plan: FoldPlan) -> list[Structu
         _write(model, edit.weight, new_weight, edit.node.layer)
         if bias_slot is not None:
             _write(model, bias_slot, new_bias, edit.node.layer)
-    spent = dict.fromkeys(node.layer for node in plan.removed)
-    removals = [removal_edit(lifted.removals[layer]) for layer in spent]
+    removals = _removals(lifted, plan)
     apply_edits(model, removals)
     return edits + removals
+
+
+def _room_edit(edit: Edit, lifted: Lifted) -> Structural:
+    """Fills the empty bias of a layer, or of an operator in a module's code."""
+    assert edit.node.bias is not None
+    path, _, name = edit.node.bias.key.rpartition(".")
+    if edit.node.bias.key not in lifted.rooms:
+        return {"edit": "bias", "module": path}
+    size = len(edit.absorbs[0].scale)
+    return {"edit": "parameter", "module": path, "name": name, "size": size, "like": edit.weight.key}
+
+
+def _removals(lifted: Lifted, plan: FoldPlan) -> list[Structural]:
+    """Take out spent modules, and splice other affines out of the code around them."""
+    spent = [lifted.removals[layer] for layer in dict.fromkeys(node.layer for node in plan.removed)]
+    programs: dict[str, Program] = {}
+    filled = {edit.node.bias.key for edit in plan.edits if edit.node.bias is not None}
+    for key in (key for key in lifted.rooms if key in filled):
+        room = lifted.rooms[key]
+        program = programs.get(room.path, lifted.programs[room.path])
+        programs[room.path] = program.filled(room.step, room.position, key.rpartition(".")[2])
+    aliases: dict[str, dict[int, int]] = {}
+    for splice in spent:
+        if isinstance(splice, Splice):
+            aliases.setdefault(splice.path, {}).update(splice.aliases)
+    for path, values in aliases.items():
+        programs[path] = programs.get(path, lifted.programs[path]).without(values)
+    edits = [removal_edit(removal) for removal in spent if isinstance(removal, Removal)]
+    return edits + [{"edit": "replay", "module": path, "program": p.to_json()} for path, p in programs.items()]
 
 
 def _write(model: nn.Module, slot: Slot, array: Array, layer: str) -> None:
@@ -47,3 +87,7 @@ def _write(model: nn.Module, slot: Slot, array: Array, layer: str) -> None:
     check_range(layer, array, torch.finfo(parameter.dtype).max)
     # Into fresh memory: another parameter may be a view of the old.
     parameter.data = torch.empty_like(parameter.data).copy_(torch.from_numpy(array).reshape(parameter.shape))
+
+
+def _owner(key: str) -> str:
+    return key.rpartition(".")[0]

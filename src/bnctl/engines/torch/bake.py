@@ -1,0 +1,116 @@
+"""Layers whose weight is computed in every pass (weight_norm, spectral_norm, standardised convolutions): replaced by a plain layer that stores the result.
+
+In inference the computed weight is a constant: it derives from parameters alone. A module call that does nothing to data but one linear operator can
+therefore give way to ``nn.Conv2d`` and its like with the weight of the record.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnctl.engines.torch.record import ModuleCall, OpCall, Ref, Trace
+
+_KINDS = {
+    **{f"aten.conv{n}d.{form}": f"Conv{n}d" for n in (1, 2, 3) for form in ("default", "padding")},
+    **{
+        f"aten.conv_transpose{n}d.{form}": f"ConvTranspose{n}d"
+        for n, form in ((1, "default"), (2, "input"), (3, "input"))
+    },
+    "aten.linear.default": "Linear",
+}
+_ARGUMENTS = {
+    "Conv": ("stride", "padding", "dilation", "groups"),
+    "ConvTranspose": ("stride", "padding", "output_padding", "groups", "dilation"),
+    "Linear": (),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Bake:
+    """A plain layer in the place of one that computes its weight.
+
+    Args:
+        path: of the module.
+        kind: class in ``torch.nn``.
+        args: its arguments, as JSON; ``bias`` among them.
+        weight, bias: what the layer computed.
+    """
+
+    path: str
+    kind: str
+    args: dict[str, Any]
+    weight: Tensor
+    bias: Tensor | None
+
+    def edit(self) -> dict[str, Any]:
+        """The structural edit, without values."""
+        dtype = str(self.weight.dtype).removeprefix("torch.")
+        return {"edit": "bake", "module": self.path, "layer": self.kind, "args": self.args, "dtype": dtype}
+
+    def fill(self, model: nn.Module) -> None:
+        """Give the new layer its values."""
+        with torch.no_grad():
+            model.get_parameter(f"{self.path}.weight").copy_(self.weight)
+            if self.bias is not None:
+                model.get_parameter(f"{self.path}.bias").copy_(self.bias)
+
+
+def bake(call: ModuleCall, op: OpCall, inside: list[OpCall], trace: Trace) -> Bake | None:
+    """The plain layer that computes what a module call did; None where it did more than one linear operator.
+
+    Args:
+        call: the module call.
+        op: the linear operator, with a computed weight.
+        inside: all operators that ran in the call.
+        trace: the record.
+    """
+    data = [c for c in inside if not all(v in trace.tensors for v in c.outputs)]
+    kind = _KINDS.get(op.op)
+    if kind is None or call.path is None or data != [op] or not call.plain or call.outputs != list(op.outputs):
+        return None
+    if op.args[0] != call.args[0] or any(not _computes_weights(h) for h in call.module._forward_pre_hooks.values()):
+        return None
+    if call.module._forward_hooks or call.module._backward_hooks or call.module._backward_pre_hooks or op.kwargs:
+        return None
+    given = [trace.tensors.get(a.value) if isinstance(a, Ref) else a for a in op.args[1:3]]
+    weight, bias = given[0], given[1] if len(given) > 1 else None
+    if not isinstance(weight, Tensor) or (len(op.args) > 2 and op.args[2] is not None and bias is None):
+        return None
+    args = dict(zip(_ARGUMENTS[kind.rstrip("123d") if kind != "Linear" else kind], op.args[3:], strict=False))
+    if kind == "Linear":
+        args |= {"in_features": weight.shape[1], "out_features": weight.shape[0]}
+    else:
+        first, second = weight.shape[0], weight.shape[1] * args.get("groups", 1)
+        inner, outer = (first, second) if "Transpose" in kind else (second, first)
+        args |= {"in_channels": inner, "out_channels": outer, "kernel_size": list(weight.shape[2:])}
+    return Bake(call.path, kind, args | {"bias": bias is not None}, weight.detach(), bias)
+
+
+def _computes_weights(hook: Any) -> bool:
+    """Whether a pre-hook is one of torch's own that put a computed weight in place."""
+    from torch.nn.utils.spectral_norm import SpectralNorm
+    from torch.nn.utils.weight_norm import WeightNorm
+
+    return isinstance(hook, (SpectralNorm, WeightNorm))
+
+
+def watched_at_entry(module: nn.Module) -> bool:
+    """Whether somebody's pre-hook sees the module's input."""
+    return any(not _computes_weights(hook) for hook in module._forward_pre_hooks.values())
+
+
+def build(kind: str, args: dict[str, Any], dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The plain layer, not initialised; ``args`` from JSON.
+
+    Raises:
+        ValueError: the class is none of the linear layers.
+    """
+    if kind not in _KINDS.values():
+        raise ValueError(f"{kind} is no linear layer")
+    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in args.items()}
+    layer: nn.Module = nn.utils.skip_init(getattr(nn, kind), **settings, dtype=dtype, device=device)
+    return layer
