@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bnctl.graph.affine import AffineMap
+from bnctl.graph.ops import Rearrange
 
 SETTINGS = settings(max_examples=80, deadline=None, derandomize=True)
 SHAPES = st.lists(st.integers(1, 4), min_size=1, max_size=4).map(tuple)
@@ -78,6 +79,81 @@ def test_permute_split_and_vectors(data: Any) -> None:
         assert np.allclose(apply(AffineMap.along(axis, x.ndim, *vectors), x), apply(m, x))
     else:
         assert any(n != 1 for i, n in enumerate(m.shape) if i != axis)
+
+
+@SETTINGS
+@given(st.data())
+def test_put_and_take(data: Any) -> None:
+    m, x = data.draw(maps())
+    axis = data.draw(st.integers(0, x.ndim - 1))
+    size = data.draw(st.integers(1, 5))
+    at = data.draw(st.lists(st.integers(0, size - 1), min_size=x.shape[axis], max_size=x.shape[axis]))
+    whole = np.random.default_rng(0).normal(size=[*x.shape[:axis], size, *x.shape[axis + 1 :]])
+    moved = m.put(axis, at, size)
+    if moved is None:
+        assert len(set(at)) < len(at)  # an element is taken twice, and the map differs
+    else:
+        assert np.allclose(apply(moved, whole).take(at, axis), apply(m, whole.take(at, axis)))
+        rest = [i for i in range(size) if i not in at]
+        assert np.array_equal(apply(moved, whole).take(rest, axis), whole.take(rest, axis))
+        assert np.allclose(apply(moved.take(axis, at), whole.take(at, axis)), apply(m, whole.take(at, axis)))
+
+
+@SETTINGS
+@given(st.data())
+def test_rearrange_commutes(data: Any) -> None:
+    m, x = data.draw(maps())
+    split = tuple(data.draw(factorings(n)) for n in x.shape)
+    factors = [n for axis in split for n in axis]
+    axes = tuple(data.draw(st.permutations(range(len(factors)))))
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(factors)), max_size=3)))
+    merged = tuple(np.diff([0, *cuts, len(factors)]).tolist())
+    op = Rearrange(split, axes, merged)
+
+    def rearrange(y: np.ndarray, op: Rearrange) -> np.ndarray:
+        apart = y.reshape([n for axis in op.split for n in axis]).transpose(op.axes)  # type: ignore[misc]
+        ends = np.cumsum(op.merged).tolist()
+        return apart.reshape([math.prod(apart.shape[e - n : e]) for e, n in zip(ends, op.merged, strict=True)])
+
+    moved = m.rearranged(op.split, op.axes, op.merged)
+    assert moved is not None
+    assert np.allclose(apply(moved, rearrange(x, op)), rearrange(apply(m, x), op))
+    assert np.array_equal(rearrange(rearrange(x, op), op.inverse), x)
+
+
+@SETTINGS
+@given(st.data())
+def test_narrowed_is_the_map_before_broadcasting(data: Any) -> None:
+    m, x = data.draw(maps())
+    lead = data.draw(st.integers(0, x.ndim - 1))
+    shape = tuple(data.draw(st.sampled_from([1, n])) for n in x.shape[lead:])
+    small = np.random.default_rng(1).normal(size=shape)
+    moved = m.narrowed(shape)
+    if moved is None:
+        assert m.shape != np.broadcast_shapes(*(shape, (1,) * m.rank)) or any(n > 1 for n in m.shape)
+    else:
+        assert np.allclose(np.broadcast_to(apply(moved, small), x.shape), apply(m, np.broadcast_to(small, x.shape)))
+        assert np.allclose(apply(moved.aligned(x.ndim), x), apply(m, x))
+
+
+def test_what_a_map_fixes() -> None:
+    m = AffineMap(np.array([2.0, 1.0]), np.array([-3.0, 0.0]))
+    assert m.fixes(3.0) and m.fixes(np.array([3.0, 7.0]))
+    assert not m.fixes(0.0) and not m.fixes(None)
+    assert AffineMap(np.ones(2), np.zeros(2)).fixes(None)
+
+
+def test_a_factor_of_unknown_size_stays_apart() -> None:
+    shuffle = Rearrange.depth_to_space(("N", 8, None, "W"), 2, depth_first=False)
+    vary = AffineMap.along(1, 4, np.arange(8.0), np.zeros(8))
+    assert (
+        vary.rearranged(shuffle.split, shuffle.axes, shuffle.merged) is None
+    )  # it would vary over a height that is not known
+    alike = AffineMap.along(1, 4, np.repeat([1.0, 2.0], 4), np.zeros(8))
+    moved = alike.rearranged(shuffle.split, shuffle.axes, shuffle.merged)
+    assert moved is not None and np.array_equal(moved.scale.reshape(-1), [1, 2])
+    back = moved.rearranged(shuffle.inverse.split, shuffle.inverse.axes, shuffle.inverse.merged)
+    assert back is not None and np.array_equal(back.scale, alike.scale)
 
 
 def test_unknown_sizes() -> None:

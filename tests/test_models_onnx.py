@@ -216,11 +216,11 @@ def test_a_failure_while_writing_leaves_the_old_file(tmp_path: Path, monkeypatch
     source = load_onnx(store(tmp_path, model(numpy_helper.from_array(W, "w"))))
     (tmp_path / "out.onnx").write_text("old")
 
-    def fail(model: object, path: Path, **_: object) -> None:
-        Path(path).write_text("half")
+    def fail(model: object, path: Path) -> None:
+        path.write_text("half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(onnx_ir, "save", fail)
+    monkeypatch.setattr(onnx_file, "write_inline", fail)
     with pytest.raises(ModelError, match="disk full"):
         save_onnx(source, tmp_path / "out.onnx", force=True)
     assert (tmp_path / "out.onnx").read_text() == "old"

@@ -1,4 +1,4 @@
-"""Folding ONNX models, forms of files: names, constants, opsets, subgraphs, functions, external data."""
+"""Folding ONNX models, forms of files: names, constants, external data."""
 
 from __future__ import annotations
 
@@ -162,35 +162,6 @@ def test_unsqueezed_constants_in_arithmetic() -> None:
     assert list(found.values()) == [None] and count(folded, "Unsqueeze") == 0
 
 
-def _subgraph(name: str, value: str, net: Net) -> onnx.GraphProto:
-    node = helper.make_node("BatchNormalization", [value, *net.statistics(4)], [f"{name}_out"], name=f"{name}_bn")
-    return helper.make_graph([node], name, [], [helper.make_tensor_value_info(f"{name}_out", TensorProto.FLOAT, None)])
-
-
-def test_a_batch_norm_in_a_subgraph() -> None:
-    net = Net(FREE, 4, 6, 6)
-    v = net.conv("x", 4, 4)
-    net.add(
-        "If", net.param(np.array(True)), out="y", then_branch=_subgraph("a", v, net), else_branch=_subgraph("b", v, net)
-    )
-    _, found = fold_and_check(net.model("y"))
-    assert found == {"a_bn": "BN120", "b_bn": "BN120"}
-
-
-def test_a_batch_norm_in_a_local_function() -> None:
-    net = Net(FREE, 4, 6, 6)
-    stats = net.statistics(4)
-    net.add("Block", net.conv("x", 4, 4), *stats, domain="local", out="y")
-    proto = net.proto("y")
-    names = ["x", "g", "b", "m", "v"]
-    body = [helper.make_node("BatchNormalization", names, ["y"], name="inner_bn")]
-    proto.functions.append(helper.make_function("local", "Block", names, ["y"], body, [helper.make_opsetid("", 17)]))
-    model = ir.from_proto(proto)
-    folded, found = fold(model)
-    assert found == {"inner_bn": "BN120"}
-    assert worst_error(model, folded)[0] == 0
-
-
 def test_external_data(tmp_path: Path) -> None:
     net = Net(FREE, 4, 6, 6)
     net.add("Relu", net.bn(net.conv("x", 4, 64), 64), out="y")
@@ -349,3 +320,11 @@ def test_a_sparse_initializer_is_refused(tmp_path: Path, capsys: pytest.CaptureF
     assert cli(["inspect", str(path)]) == 2
     shown = capsys.readouterr().err
     assert "is sparse" in shown and "dense tensor" in shown
+
+
+def test_layers_that_nobody_reads() -> None:
+    net = Net(FREE, 4, 6, 6)
+    twice = net.conv("x", 4, 4)
+    net.bn(net.bn(net.add("Add", twice, twice), 4, out="dead"), 4, out="deader")
+    folded, found = fold_and_check(net.model(net.bn(net.conv("x", 4, 4), 4, out="y")))
+    assert found["n_y"] is None and count(folded, "Conv") == 2

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from torch.nn import functional
 
 import bnctl
 from bnctl.data.batches import Batch
@@ -17,20 +21,25 @@ from bnctl.runtime.ort import OrtRunner
 from bnctl.runtime.torch import TorchRunner
 from bnctl.verification import compare_layers, compare_runners
 
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from zoo_count import count, is_norm
+from zoo_measure import outputs, relative_error
+from zoo_models import create
+
 CIFAR = Path(__file__).parents[2] / "shared" / "data" / "cifar10_resnet20"
 LIGHT = Path(onnx.__file__).parent / "backend/test/data/light"
 MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
 
 
-def randomised(model: torch.nn.Module) -> torch.nn.Module:
+def randomised_blindly(model: torch.nn.Module) -> torch.nn.Module:
+    """Statistics drawn without a look at the activations."""
     generator = torch.Generator().manual_seed(0)
-    for module in model.modules():
-        if getattr(module, "running_mean", None) is not None:
-            module.running_mean.normal_(0, 0.2, generator=generator)
-            module.running_var.uniform_(0.5, 2.0, generator=generator)
-            with torch.no_grad():
-                module.weight.uniform_(-0.3, 1.5, generator=generator)
-                module.bias.normal_(0, 0.2, generator=generator)
+    for module in filter(is_norm, model.modules()):
+        module.running_mean.normal_(0, 0.2, generator=generator)
+        module.running_var.uniform_(0.5, 2.0, generator=generator)
+        with torch.no_grad():
+            module.weight.uniform_(-0.3, 1.5, generator=generator)
+            module.bias.normal_(0, 0.2, generator=generator)
     return model.eval()
 
 
@@ -38,32 +47,65 @@ def build(package: str, name: str, **arguments: Any) -> torch.nn.Module:
     import_module("torchvision")
     torch.manual_seed(0)
     factory = getattr(import_module(package), name if package != "timm" else "create_model")
-    return randomised(factory(name, **arguments) if package == "timm" else factory(weights=None, **arguments))
+    return randomised_blindly(factory(name, **arguments) if package == "timm" else factory(weights=None, **arguments))
 
 
 @pytest.mark.parametrize(
-    ("package", "name", "size", "found", "left"),
+    ("word", "size", "executed", "left"),
     [
-        ("torchvision.models", "resnet18", 64, 20, {}),
-        ("torchvision.models", "mobilenet_v2", 64, 52, {}),
-        ("torchvision.models", "densenet121", 64, 121, {"BN101": 62}),
-        ("timm", "efficientnet_b0", 64, 49, {}),
-        ("timm", "levit_128s", 224, 52, {}),
-        ("timm", "repvgg_a0", 64, 61, {"BN101": 17}),
+        ("torchvision:resnet18", 64, 20, {}),
+        ("torchvision:mobilenet_v2", 64, 52, {}),
+        ("torchvision:densenet121", 64, 121, {"BN101": 62}),
+        ("torchvision:shufflenet_v2_x0_5", 64, 56, {}),
+        ("timm:efficientnet_b0", 64, 49, {}),
+        ("timm:levit_128s", 224, 52, {}),
+        ("timm:repvgg_a0", 64, 61, {"BN101": 17}),
+        ("timm:resnetv2_18", 64, 17, {"BN101": 9}),
     ],
 )
-def test_folds_what_can_be_folded(package: str, name: str, size: int, found: int, left: dict[str, int]) -> None:
-    model = build(package, name)
-    result = bnctl.fold(model, torch.randn(2, 3, size, size))
-    codes = [site.code for site in result.report.sites if site.action == "left"]
-    assert result.report.summary["found"] == found
-    assert {code: codes.count(code) for code in codes} == left
-    x = torch.randn(3, 3, size, size)
-    truth = TorchRunner(build(package, name).double()).run(Batch((x.double(),)))["out"]
-    folded = TorchRunner(result.model).run(Batch((x,)))["out"]
-    assert np.abs(folded - truth).max() < 1e-4 * np.sqrt((truth**2).mean())
+def test_folds_what_can_be_folded(word: str, size: int, executed: int, left: dict[str, int]) -> None:
+    torch.manual_seed(0)
+    model = randomised_blindly(create(word))
+    x, other = torch.randn(2, 3, size, size), torch.randn(3, 3, size, size)
+    result = bnctl.fold(model, x)
+    assert Counter(site.code for site in result.report.sites if site.action == "left") == left
+    assert count(model, lambda: model(other)) == executed
+    assert count(result.model, lambda: result.model(other)) == sum(left.values())
+    exact = outputs(copy.deepcopy(model).double(), (other.double(),))
+    assert relative_error(outputs(result.model, (other,)), exact) < 1e-4
     assert result.report.verification is not None
     assert result.report.verification["layers"] > 0
+
+
+def test_the_counter_sees_every_kind_of_batch_norm_and_what_is_left() -> None:
+    frozen = import_module("torchvision.ops").FrozenBatchNorm2d
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn, self.frozen = torch.nn.Conv2d(3, 3, 1), torch.nn.BatchNorm2d(3), frozen(3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            weight = functional.batch_norm(self.conv.weight, None, None, training=True)  # no layer
+            y = self.frozen(self.bn(functional.conv2d(x, weight)))
+            y = functional.batch_norm(input=y, running_mean=self.bn.running_mean, running_var=self.bn.running_var)
+            return torch.batch_norm(y, None, None, self.bn.running_mean, self.bn.running_var, False, 0.1, 1e-5, False)
+
+    model, x = Net().eval(), torch.randn(2, 3, 8, 8)
+    assert count(model, lambda: model(x)) == 4
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1), torch.nn.ReLU(), torch.nn.BatchNorm2d(3)).eval()
+    left = bnctl.fold(model, x).model
+    assert count(left, lambda: left(x)) == 1
+    left[2] = torch.nn.Identity()
+    assert count(left, lambda: left(x)) == 0
+
+
+def test_the_error_is_relative_and_never_blind_to_shapes_and_nan() -> None:
+    one = np.float32([[3, 4], [0, 5]])
+    assert relative_error([one], [one]) == 0
+    assert relative_error([one], [2 * one]) == pytest.approx(5 / np.sqrt(50))
+    assert relative_error([one], [one[:1]]) == relative_error([one], []) == float("inf")
+    assert relative_error([one * np.nan], [one * np.nan]) == float("inf")
 
 
 def test_negative_control_a_fault_that_the_outputs_do_not_show() -> None:

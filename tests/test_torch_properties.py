@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import bnctl
+from bnctl.graph.affine import AffineMap
 from nets_traps import _fast, error, outputs, randomise  # noqa: F401
 
 SETTINGS = settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
@@ -32,6 +35,47 @@ MORE = [
 ]
 
 
+def padded(x: Tensor, pads: tuple[int, int], mode: str) -> Tensor:
+    """Pads on all spatial axes, and as much cut off elsewhere."""
+    space = x.ndim - 2
+    return F.pad(F.pad(x, pads * space, mode=mode), (-pads[1], -pads[0]) * space)
+
+
+FREE: dict[str, Callable[[Tensor], Tensor]] = {
+    "flip": lambda x: x.flip(1),
+    "roll": lambda x: x.roll((1, 3), (1, -1)),
+    "shuffle": lambda x: torch.channel_shuffle(x, 2),
+    "reorder": lambda x: torch.cat([x[:, ::2], x[:, 1::2]], 1),
+    "stack": lambda x: torch.stack([*x.unbind(1)][::-1], 1),
+    "split": lambda x: torch.hstack(x.tensor_split((1, 3), 1)),
+    "reflect": lambda x: padded(x, (1, 2), "reflect"),
+    "replicate": lambda x: padded(x, (2, 1), "replicate"),
+    "wrap": lambda x: padded(x, (1, 1), "circular"),
+    "mean_and_expand": lambda x: x.mean(-1, keepdim=True).expand_as(x),
+    "tile": lambda x: x.repeat(*[1] * (x.ndim - 1), 2)[..., 2:6],
+    "resize": lambda x: F.interpolate(
+        F.interpolate(x, scale_factor=2, mode="nearest-exact"), size=x.shape[2:], mode="nearest"
+    ),
+    "adaptive": lambda x: F.interpolate(x, size=x.shape[2:], mode="area"),
+    "through_depth": lambda x: x.unflatten(1, (2, 2)).transpose(1, 2).flatten(1, 2),
+}
+"""Every affine per channel passes these back to the convolution before them, and ahead to the one behind them."""
+
+HARD: dict[str, Callable[[Tensor], Tensor]] = {
+    "zeros": lambda x: F.pad(x, (2, 0))[..., 1:-1],
+    "counted": lambda x: (F.avg_pool2d if x.ndim == 4 else F.avg_pool1d)(x, 3, 1, 1),
+    "gate": lambda x: x * x.mean(-1, keepdim=True).sigmoid(),
+    "amax": lambda x: x.amax(-1, keepdim=True) + torch.zeros_like(x),
+    "sum": lambda x: x.sum(-1, keepdim=True).expand_as(x) / 4,
+    "overlap": lambda x: torch.cat([x[:, :3], x[:, 2:3]], 1),
+    "twice": lambda x: x[:, :2].repeat(1, 2, *[1] * (x.ndim - 2)),
+    "python_sum": lambda x: sum([x, x.relu(), x]),  # type: ignore[arg-type, return-value]
+}
+"""Nothing passes these in general, and what passes must be exact."""
+
+BRANCHES = ["parts", "slices", "halves", "difference", "broadcast", "joined"]
+
+
 def layer(kind: str, rank: int, bias: bool) -> nn.Module:
     conv: Any = {3: nn.Conv1d, 4: nn.Conv2d}[rank]
     c = CHANNELS
@@ -49,19 +93,45 @@ def layer(kind: str, rank: int, bias: bool) -> nn.Module:
     return makers[kind]() if kind in makers else nn.Identity()
 
 
+def norm(rank: int, channels: int) -> nn.Module:
+    return {3: nn.BatchNorm1d, 4: nn.BatchNorm2d}[rank](channels)
+
+
 class Block(nn.Module):
     """One drawn step; steps with branches hold blocks."""
 
     def __init__(self, kind: str, rank: int, bias: bool, inner: list[Any]) -> None:
         super().__init__()
         self.kind, self.rank = kind, rank
-        own = "linear" if kind == "channels_last" else "pointwise" if kind in {"concat", "add", "reuse"} else kind
+        with_conv = {"concat", "add", "reuse", *BRANCHES}
+        own = "linear" if kind == "channels_last" else "pointwise" if kind in with_conv else kind
         self.op = layer(own, rank, bias)
-        self.bn = layer("bn", rank, True) if kind in {"reuse", "concat", "add"} else nn.Identity()
+        self.bn = (
+            layer("bn", rank, True) if kind in {"reuse", "concat", "add", "difference", "broadcast"} else nn.Identity()
+        )
+        self.other = layer("pointwise" if kind == "difference" else "none", rank, not bias)
+        self.one, self.two = (norm(rank, 2) if kind in BRANCHES else nn.Identity() for _ in range(2))
         self.inner = nn.Sequential(*(Block(k, rank, b, []) for k, b in inner))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.kind in FREE | HARD:
+            return (FREE | HARD)[self.kind](x)
         match self.kind:
+            case "parts":
+                first, second = self.op(x).chunk(2, 1)
+                return torch.cat([self.one(first).relu_(), self.two(second)], 1)
+            case "slices":
+                y = self.op(x)
+                return torch.cat([self.one(y[:, 1:3]), self.two(y[:, [0, 3]]), y[:, :0]], 1)
+            case "halves":
+                y = self.op(x)
+                return torch.cat([self.one(y[:, :2] - y[:, 2:]), x[:, :2]], 1)
+            case "joined":
+                return torch.cat([self.one(x[:, :2].relu()), x[:, 2:].sigmoid()], 1)
+            case "difference":
+                return self.bn(self.op(self.inner(x)) - self.other(x))  # type: ignore[no-any-return]
+            case "broadcast":
+                return self.bn(self.op(x.mean(-1, keepdim=True)) + self.inner(x))  # type: ignore[no-any-return]
             case "relu":
                 return x.relu()
             case "silu":
@@ -106,11 +176,13 @@ class Head(nn.Module):
 
 
 @st.composite
-def networks(draw: Any, kinds: list[str] = PLAIN + MORE) -> tuple[nn.Module, Tensor, Tensor]:
+def networks(
+    draw: Any, kinds: list[str] = PLAIN + MORE + [*FREE, *HARD] + 3 * BRANCHES
+) -> tuple[nn.Module, Tensor, Tensor]:
     """A random network in float64 with random statistics, and two batches of different size."""
     rank, bias = draw(st.sampled_from([3, 4])), st.booleans()
     steps = draw(st.lists(st.tuples(st.sampled_from(kinds), bias), min_size=2, max_size=7))
-    inner = [draw(st.lists(st.tuples(st.sampled_from(PLAIN), bias), max_size=2)) for _ in steps]
+    inner = [draw(st.lists(st.tuples(st.sampled_from([*PLAIN, *FREE]), bias), max_size=2)) for _ in steps]
     seed = draw(st.integers(0, 2**16))
     torch.manual_seed(seed)
     blocks = [Block(kind, rank, flag, below) for (kind, flag), below in zip(steps, inner, strict=True)]
@@ -118,15 +190,68 @@ def networks(draw: Any, kinds: list[str] = PLAIN + MORE) -> tuple[nn.Module, Ten
     return model, *(torch.randn(n, CHANNELS, *[4] * (rank - 2), dtype=torch.float64) for n in (2, 5))  # type: ignore[return-value]
 
 
-@SETTINGS
-@given(networks())
-def test_fold_keeps_the_function(drawn: tuple[nn.Module, Tensor, Tensor]) -> None:
-    model, *batches = drawn
+def assert_kept(model: nn.Module, *batches: Tensor) -> None:
+    """The folded model computes in float64 what the original does, on both batches, and the original is as it was."""
     before = [outputs(model, x) for x in batches]
     folded = bnctl.fold(model, batches[0], verify=False).model
     for reference, x in zip(before, batches, strict=True):
         assert error(reference, outputs(folded, x)) < 1e-9
         assert error(reference, outputs(model, x)) == 0
+
+
+@settings(SETTINGS, max_examples=50)
+@given(networks())
+def test_fold_keeps_the_function(drawn: tuple[nn.Module, Tensor, Tensor]) -> None:
+    assert_kept(*drawn)
+
+
+@SETTINGS
+@given(
+    st.lists(st.sampled_from([*FREE]), min_size=1, max_size=5),
+    st.sampled_from([3, 4]),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_what_the_algebra_can_move_is_gone(kinds: list[str], rank: int, ahead: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    between = [Block(kind, rank, True, []) for kind in kinds]
+    conv, bn = layer("pointwise", rank, True), layer("bn", rank, True)
+    steps = [nn.ReLU(), bn, *between, conv, nn.ReLU()] if ahead else [conv, *between, bn, nn.ReLU()]
+    model = randomise(nn.Sequential(*steps), seed).double()
+    batches = [torch.randn(n, CHANNELS, *[4] * (rank - 2), dtype=torch.float64) for n in (2, 5)]
+    assert_kept(model, *batches)
+    result = bnctl.fold(model, batches[0], verify=False)
+    assert [s.action for s in result.report.sites] == ["folded"]
+
+
+def unsorted(right: Any) -> Any:
+    return lambda m, axis, at, size: right(m, axis, sorted(at), size)
+
+
+def unpermuted(right: Any) -> Any:
+    return lambda m, split, axes, merged: right(m, split, tuple(range(len(axes))), merged)
+
+
+@pytest.mark.parametrize(
+    ("method", "wrong", "kind"),
+    [
+        ("put", unsorted, "flip"),
+        ("rearranged", unpermuted, "shuffle"),
+        ("linear", lambda right: property(lambda m: m), "difference"),
+        ("fixes", lambda right: lambda m, value: True, "zeros"),
+    ],
+)
+def test_a_wrong_rule_is_caught(method: str, wrong: Any, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: the same property fails where one rule of the algebra is wrong."""
+    monkeypatch.setattr(AffineMap, method, wrong(getattr(AffineMap, method)))
+
+    @settings(SETTINGS, max_examples=60, phases=[Phase.generate], report_multiple_bugs=False)
+    @given(networks(["pointwise", "bn", kind, kind]))
+    def property_of_networks(drawn: tuple[nn.Module, Tensor, Tensor]) -> None:
+        assert_kept(*drawn)
+
+    with pytest.raises(AssertionError):
+        property_of_networks()
 
 
 @SETTINGS

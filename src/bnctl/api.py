@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from bnctl.commands.fold import fold_model
 from bnctl.commands.insert import DEFAULT_EPS, insert_model
+from bnctl.commands.rounds import FoldOptions
 from bnctl.data.batches import Batch, as_batches
 from bnctl.errors import UsageError
 from bnctl.models.model import Model
@@ -70,6 +71,10 @@ def fold(
     *,
     where: Globs = None,
     skip: Globs = None,
+    merge_branches: bool = False,
+    pad_exact: bool = False,
+    untie: bool = True,
+    freeze_initializers: bool = False,
     tolerance: float | None = None,
     verify: bool = True,
 ) -> Result:
@@ -79,6 +84,10 @@ def fold(
         model: an ``nn.Module``, an ``onnx.ModelProto``, an ``onnx_ir.Model``, or a MODEL word (a path, ``package.module:callable``).
         inputs: a tensor, a tuple of arguments, or a dict of keyword arguments; an ONNX model can do without.
         where, skip: globs over layer names.
+        merge_branches: let parallel linear operators that are summed become one (RepVGG, MobileOne).
+        pad_exact: fold into convolutions behind that pad with zeros, by one more input channel of ones.
+        untie: give a tied weight an array of its own where only one of its layers changes.
+        freeze_initializers: take the defaults of an ONNX graph's inputs for constants.
         tolerance: largest relative error that counts as equal; by default it follows from the dtype.
         verify: compare before and after, on these inputs and on other batch sizes.
 
@@ -88,7 +97,12 @@ def fold(
     """
     opened = as_model(model)
     outcome = fold_model(
-        opened, _example(opened, inputs), selection=Selection(where, skip), tolerance=tolerance, verify=verify
+        opened,
+        _example(opened, inputs),
+        selection=Selection(where, skip),
+        options=FoldOptions(merge_branches, untie, freeze_initializers, pad_exact),
+        tolerance=tolerance,
+        verify=verify,
     )
     return Result(_as_given(model, outcome.model), outcome.report, outcome.model)
 

@@ -84,15 +84,42 @@ def fold(
     where: options.Where = None,
     skip: options.Skip = None,
     tolerance: options.Tolerance = None,
+    merge_branches: Annotated[
+        bool,
+        typer.Option(
+            "--merge-branches", help="let parallel linear layers that are summed become one (RepVGG, MobileOne)"
+        ),
+    ] = False,
+    pad_exact: Annotated[
+        bool,
+        typer.Option(
+            "--pad-exact", help="fold into a zero-padded convolution behind, by one more input channel of ones"
+        ),
+    ] = False,
+    no_untie: Annotated[
+        bool, typer.Option("--no-untie", help="leave a layer whose weight is tied, instead of giving it one of its own")
+    ] = False,
+    freeze_initializers: Annotated[
+        bool, typer.Option("--freeze-initializers", help="ONNX: take the defaults of the graph's inputs for constants")
+    ] = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="do not compare before and after")] = False,
     force: options.Force = False,
     dry_run: options.DryRun = False,
 ) -> Report:
     """Fold every affine that can be folded exactly into its neighbouring linear operators."""
     from bnctl.commands.fold import run_fold
+    from bnctl.commands.rounds import FoldOptions
 
     target = Target.of(output, force=force, dry_run=dry_run)
-    return run_fold(model, target, setup, selection=Selection(where, skip), tolerance=tolerance, verify=not no_verify)
+    return run_fold(
+        model,
+        target,
+        setup,
+        selection=Selection(where, skip),
+        options=FoldOptions(merge_branches, not no_untie, freeze_initializers, pad_exact),
+        tolerance=tolerance,
+        verify=not no_verify,
+    )
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from textwrap import indent
 from typing import TYPE_CHECKING, Any
 
 from rich import table as rich_table
@@ -81,6 +82,9 @@ def show_code(code: Code, console: Console) -> None:
     """Print the page of a reason code."""
     body = Text()
     body.append(f"{code.why}\n\n")
+    if code.example:
+        body.append("Example:\n", style="bold")
+        body.append(f"{indent(code.example, '    ')}\n\n", style="dim")
     body.append("What to do: ", style="bold")
     body.append(code.remedy)
     console.print(Panel(body, title=f"{code.id}: {code.title}", title_align="left", width=min(console.width, 100)))

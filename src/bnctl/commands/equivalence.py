@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from bnctl.data.resize import other_batch_sizes, other_shapes, other_values, resized
 from bnctl.errors import EquivalenceError
@@ -16,12 +16,16 @@ if TYPE_CHECKING:
     from bnctl.models.model import Model
 
 
+Varied = Literal["values", "batch size", "shape"]
+
+
 def check_equivalence(
     before: Model,
     after: Model,
     example: Batch,
     *,
     layers: Collection[str] = (),
+    vary: Collection[Varied] = ("values", "batch size", "shape"),
     tolerance: float | None = None,
     device: str = "cpu",
 ) -> Verification:
@@ -34,11 +38,16 @@ def check_equivalence(
         after: the model after surgery.
         example: inputs.
         layers: inner layers whose outputs the surgery preserves, to be compared too, on one sample.
+        vary: what of the example the second model must take in other forms where the first does; an exported graph has sizes that are fixed on purpose.
         tolerance: largest relative error that counts as equal; by default it follows from the dtype.
         device: "cpu" or "cuda".
     """
-    small = resized(example, min(example.size, 2)) if example.size else example
-    others = [*other_batch_sizes(example), *other_values(small), *other_shapes(small)]
+    small = resized(example, min(example.size, 2)) if example.size and "batch size" in vary else example
+    others = [
+        *(other_batch_sizes(example) if "batch size" in vary else ()),
+        *(other_values(small) if "values" in vary else ()),
+        *(other_shapes(small) if "shape" in vary else ()),
+    ]
     with keeping(before), keeping(after):
         baseline, candidate = open_runner(before, device=device), open_runner(after, device=device)
         verification = compare_runners(baseline, candidate, [example], where_taken=others, tolerance=tolerance)
@@ -55,8 +64,14 @@ def keeping(model: Model) -> AbstractContextManager[None]:
     return keeping_state(native)
 
 
-def require(verification: Verification, command: str, word: str) -> None:
+def require(verification: Verification, command: str, word: str, culprits: Sequence[str] = ()) -> None:
     """Refuse a surgery that changed the function.
+
+    Args:
+        verification: before against after.
+        command: that did it.
+        word: the model.
+        culprits: the layers that do it by themselves, where that was found out.
 
     Raises:
         EquivalenceError: naming the output, the error and the layer where the two part.
@@ -65,8 +80,16 @@ def require(verification: Verification, command: str, word: str) -> None:
         return
     first = verification.first_difference
     where = f"; they part at {first.name}" if first is not None else ""
+    where += f". It is the {command} of {_listed(culprits)} that does it" if culprits else ""
+    skip = " ".join(f"--skip {name!r}" for name in culprits[:4]) or "--skip"
+    leave_out = "" if command == "export" else f"leave the layer out with {skip}, or "
     raise EquivalenceError(
         f"{command} of {word} does not preserve the function: {verification.reason}{where}. Nothing was written.",
-        hint="exclude the layer with --skip, or try other inputs with --data; please report the model",
+        hint=f"{leave_out}try other inputs with --data; please report the model",
         verification=verification.to_dict(),
     )
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:4])
+    return f"{shown} and {len(names) - 4} more together" if len(names) > 4 else shown

@@ -30,7 +30,7 @@ def run_export(
         ModelError: the model cannot be exported, or the export lost a BatchNorm that was to be kept.
         EquivalenceError: the export does not compute the same.
     """
-    from bnctl.commands.equivalence import check_equivalence, require
+    from bnctl.commands.equivalence import Varied, check_equivalence, require
 
     started = time.perf_counter()
     if target.path is not None and target.path.suffix != ".onnx":
@@ -47,7 +47,8 @@ def run_export(
         return report
     native = as_onnx(folded, example, static_batch=static_batch)
     exported = Model("onnx", native, str(target.path))
-    verification = check_equivalence(model, exported, example, tolerance=tolerance)
+    vary: tuple[Varied, ...] = ("values",) if static_batch else ("values", "batch size")  # other sizes are fixed
+    verification = check_equivalence(model, exported, example, vary=vary, tolerance=tolerance)
     require(verification, "export", word)
     kept = Counter(node.op_type for node in native.graph)["BatchNormalization"]
     if keep_bn and model.kind == "torch" and not kept and _has_norm(model):

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from bnctl.commands.bisect import bisect
+from bnctl.commands.rounds import FoldOptions, Rounds, run_rounds
 from bnctl.commands.setup import Setup
 from bnctl.models.save import Target
-from bnctl.plan.fold import FoldPlan, plan_fold
-from bnctl.report import Artifact, Report, Site
+from bnctl.report import Artifact, Report
 from bnctl.selection import Selection
 
 if TYPE_CHECKING:
     from bnctl.data.batches import Batch
     from bnctl.models.model import Model
+    from bnctl.verification import Verification
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +33,7 @@ def fold_model(
     example: Batch,
     *,
     selection: Selection | None = None,
+    options: FoldOptions | None = None,
     tolerance: float | None = None,
     verify: bool = True,
     dry_run: bool = False,
@@ -42,26 +46,40 @@ def fold_model(
         EquivalenceError: the folded model does not compute the same.
         OverflowInFoldError: folded weights do not fit their dtype.
     """
-    from bnctl.commands.equivalence import check_equivalence, require
-    from bnctl.engines import engine_of
+    from bnctl.commands.equivalence import require
 
     started = time.perf_counter()
-    selection = selection or Selection()
-    engine = engine_of(model)
-    captured = engine.capture(model, example)
-    plan = plan_fold(captured.graph, selected=selection.takes)
-    selection.check(site.name for site in plan.sites)
-    report = _report(model, plan)
-    report = replace(report, notes=(*report.notes, *captured.notes))
-    if dry_run or not plan.removed:
+    selection, options = selection or Selection(), options or FoldOptions()
+    rounds = run_rounds(model, example, takes=selection.takes, options=options, plan_only=dry_run)
+    selection.check(rounds.sites)
+    report = _report(model, rounds)
+    if dry_run or not rounds.changed:
         return Outcome(model, replace(report, elapsed_s=time.perf_counter() - started))
-    folded = engine.fold(captured, plan)
     if verify:
-        layers = [engine.shown_as(captured, node) for node in plan.preserved]
-        verification = check_equivalence(model, folded, example, layers=layers, tolerance=tolerance, device=device)
-        require(verification, "fold", model.word)
+        verification = _compared(model, rounds, example, tolerance, device)
+        if not verification.passed:
+            require(verification, "fold", model.word, _culprits(model, rounds, example, options, tolerance, device))
         report = replace(report, verification=verification.to_dict())
-    return Outcome(folded, replace(report, elapsed_s=time.perf_counter() - started))
+    return Outcome(rounds.model, replace(report, elapsed_s=time.perf_counter() - started))
+
+
+def _compared(model: Model, rounds: Rounds, example: Batch, tolerance: float | None, device: str) -> Verification:
+    from bnctl.commands.equivalence import check_equivalence
+
+    return check_equivalence(model, rounds.model, example, layers=rounds.preserved, tolerance=tolerance, device=device)
+
+
+def _culprits(
+    model: Model, rounds: Rounds, example: Batch, options: FoldOptions, tolerance: float | None, device: str
+) -> tuple[str, ...]:
+    """The layers that cannot be folded without changing the function, found by folding fewer and fewer."""
+
+    def fails(names: Sequence[str]) -> bool:
+        part = run_rounds(model, example, takes=set(names).__contains__, options=options)
+        return part.changed and not _compared(model, part, example, tolerance, device).passed
+
+    done = [site.name for site in rounds.sites.values() if site.action != "left"]
+    return bisect(done, fails)
 
 
 def run_fold(
@@ -72,6 +90,7 @@ def run_fold(
     selection: Selection,
     tolerance: float | None,
     verify: bool,
+    options: FoldOptions | None = None,
 ) -> Report:
     """The command: fold a model and write it."""
     started = time.perf_counter()
@@ -82,6 +101,7 @@ def run_fold(
         model,
         example,
         selection=selection,
+        options=options,
         tolerance=tolerance,
         verify=verify,
         dry_run=target.dry_run,
@@ -91,11 +111,16 @@ def run_fold(
     return replace(report, output=target.save(outcome.model, example), elapsed_s=time.perf_counter() - started)
 
 
-def _report(model: Model, plan: FoldPlan) -> Report:
-    sites = tuple(Site(s.name, s.action, s.into, s.code, s.reason) for s in plan.sites)
-    folded = sum(s.action == "folded" for s in sites)
-    summary = {"found": len(sites), "folded": folded, "left": len(sites) - folded}
-    if plan.added_parameters:
-        summary["added_parameters"] = plan.added_parameters
+def _report(model: Model, rounds: Rounds) -> Report:
+    sites = tuple(rounds.sites.values())
+    affines = [s for s in sites if s.action != "merged"]
+    folded = sum(s.action == "folded" for s in affines)
+    summary = {"found": len(affines), "folded": folded, "left": len(affines) - folded}
+    if len(affines) < len(sites):
+        summary["merged"] = len(sites) - len(affines)
+    if rounds.added_parameters:
+        summary["added_parameters"] = rounds.added_parameters
     notes = [] if sites else ["the model has no normalisation layer and no channel affine: nothing to fold"]
-    return Report("fold", Artifact(model.word, model.sha256), sites=sites, summary=summary, notes=tuple(notes))
+    return Report(
+        "fold", Artifact(model.word, model.sha256), sites=sites, summary=summary, notes=(*notes, *rounds.notes)
+    )

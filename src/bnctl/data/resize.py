@@ -36,7 +36,20 @@ def _scaled(value: Any, factor: float, offset: float) -> Any:
 
 def other_shapes(batch: Batch) -> list[Batch]:
     """The batch with longer axes behind the channels, of inputs with three axes or more; many models do not take them."""
-    return [_mapped(batch, partial(_longer, axes=axes)) for axes in ((2, 3, 4), (1,))]
+    given = [batch, *(_mapped(batch, partial(_longer, axes=axes)) for axes in ((2, 3, 4), (1,)))]
+    return [b for b in given[1:] if _sizes(b) != _sizes(batch)]
+
+
+def _sizes(batch: Batch) -> list[tuple[int, ...]]:
+    """The shapes of all inputs, in order."""
+    found: list[tuple[int, ...]] = []
+
+    def note(value: Any) -> Any:
+        found.append(tuple(value.shape))
+        return value
+
+    _mapped(batch, note)
+    return found
 
 
 def _longer(value: Any, axes: tuple[int, ...]) -> Any:

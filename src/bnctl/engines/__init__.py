@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from bnctl.graph.graph import Graph, Node
 from bnctl.plan.fold import FoldPlan
 from bnctl.plan.insert import InsertSite
+from bnctl.plan.merge import Merge
 
 if TYPE_CHECKING:
     from bnctl.data.batches import Batch
@@ -45,6 +46,22 @@ class Engine(Protocol):
 
     def fold(self, captured: Captured, plan: FoldPlan) -> Model:
         """The model with the plan carried out."""
+        ...
+
+    def takes_ones(self, captured: Captured, node: Node) -> bool:
+        """Whether a convolution can be given a further input channel of ones."""
+        ...
+
+    def plan_merges(self, captured: Captured, selected: Callable[[str], bool]) -> tuple[Merge, ...]:
+        """The parallel branches that can become one operator."""
+        ...
+
+    def merge(self, captured: Captured, merges: tuple[Merge, ...]) -> Model:
+        """The model with the merges carried out."""
+        ...
+
+    def shows(self, captured: Captured, values: Collection[int]) -> set[str]:
+        """The names under which :meth:`bnctl.runtime.Runner.layers` would show values that a merge changes, in the model after it."""
         ...
 
     def shown_as(self, captured: Captured, node: Node) -> str:

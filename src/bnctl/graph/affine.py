@@ -7,6 +7,7 @@ vector and an axis: a reshape or a permutation acts on the map as it acts on the
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,6 +91,61 @@ class AffineMap:
         arrays = [np.split(np.broadcast_to(a, full), ends, axis) for a in (self.scale, self.shift)]
         return [AffineMap(s, t) for s, t in zip(*arrays, strict=True)]
 
+    def take(self, axis: int, positions: Sequence[int]) -> AffineMap:
+        """The map of ``y.take(positions, axis)`` where this is the map of y."""
+        arrays = (a if a.shape[axis] == 1 else a.take(positions, axis) for a in (self.scale, self.shift))
+        return AffineMap(*map(_squeeze, arrays))
+
+    def put(self, axis: int, positions: Sequence[int], size: int) -> AffineMap | None:
+        """The map M of x with ``M(x).take(positions, axis) == self(x.take(positions, axis))`` that is the identity on all other elements.
+
+        x has this size along the axis. None where an element is taken twice, and the map differs.
+        """
+        arrays = [_put(a, axis, positions, size, rest) for a, rest in ((self.scale, 1.0), (self.shift, 0.0))]
+        return None if arrays[0] is None or arrays[1] is None else AffineMap(arrays[0], arrays[1])
+
+    def expanded(self, axes: tuple[int, ...]) -> AffineMap:
+        """With new axes of size one, at these places of the result."""
+        return AffineMap(np.expand_dims(self.scale, axes), np.expand_dims(self.shift, axes))
+
+    def squeezed(self, axes: tuple[int, ...]) -> AffineMap:
+        """Without these axes, along which it does not vary."""
+        return AffineMap(self.scale.squeeze(axes), self.shift.squeeze(axes))
+
+    def aligned(self, rank: int) -> AffineMap:
+        """The map of a value of higher rank against which the mapped one is broadcast."""
+        return AffineMap.broadcast(rank, self.scale, self.shift)
+
+    def narrowed(self, shape: Shape | None) -> AffineMap | None:
+        """The map on a value of this shape that is broadcast to the mapped one; None where the map varies along an axis that the value lacks."""
+        if shape is None:
+            return None
+        lead = self.rank - len(shape)
+        if self.shape != (1,) * lead + tuple(
+            n if n == size else 1 for n, size in zip(self.shape[lead:], shape, strict=True)
+        ):
+            return None
+        return AffineMap(self.scale.squeeze(tuple(range(lead))), self.shift.squeeze(tuple(range(lead))))
+
+    def rearranged(self, split: tuple[Shape, ...], axes: tuple[int, ...], merged: tuple[int, ...]) -> AffineMap | None:
+        """The map after a :class:`~bnctl.graph.ops.Rearrange`; None where it would vary along an axis of unknown size."""
+        scale, shift = (_rearrange(a, split, axes, merged) for a in (self.scale, self.shift))
+        return None if scale is None or shift is None else AffineMap(scale, shift)
+
+    def fixes(self, value: Array | float | None) -> bool:
+        """Whether it maps a constant to itself; an unknown one, only if it is the identity."""
+        return self.identity or (value is not None and bool(np.all(self.scale * value + self.shift == value)))
+
+    @property
+    def identity(self) -> bool:
+        """Whether it changes nothing."""
+        return bool(np.all(self.scale == 1) and np.all(self.shift == 0))
+
+    @property
+    def linear(self) -> AffineMap:
+        """The same without the shift."""
+        return AffineMap(self.scale, np.zeros((1,) * self.rank))
+
     def vectors(self, axis: int, size: int) -> tuple[Array, Array] | None:
         """Scale and shift as vectors of this size, or None where the map varies along any other axis."""
         axis %= self.rank
@@ -158,6 +214,32 @@ def _reshape(array: Array, old: Shape, new: Shape) -> Array | None:
                     return None
                 sizes[axis] = size
     return _squeeze(np.broadcast_to(array, expanded).reshape(target))
+
+
+def _put(array: Array, axis: int, positions: Sequence[int], size: int, rest: float) -> Array | None:
+    given = np.repeat(array, len(positions), axis) if array.shape[axis] == 1 else array
+    full = np.full([*array.shape[:axis], size, *array.shape[axis + 1 :]], rest)
+    full[(slice(None),) * axis + (list(positions),)] = given
+    return _squeeze(full) if np.array_equal(full.take(positions, axis), given) else None
+
+
+def _rearrange(array: Array, split: tuple[Shape, ...], axes: tuple[int, ...], merged: tuple[int, ...]) -> Array | None:
+    apart = [1 if n == 1 else factor for n, factors in zip(array.shape, split, strict=True) for factor in factors]
+    if not all(isinstance(n, int) for n in apart):
+        return None
+    array = _squeeze(array.reshape([n for n in apart if isinstance(n, int)])).transpose(axes)
+    sizes = [factor for factors in split for factor in factors]
+    full: list[int] = []
+    new: list[int] = []
+    for end, count in zip(np.cumsum(merged).tolist(), merged, strict=True):
+        varies = any(n != 1 for n in array.shape[end - count : end])
+        group = [sizes[a] if varies else 1 for a in axes[end - count : end]]
+        if not all(isinstance(n, int) for n in group):
+            return None
+        known = [n for n in group if isinstance(n, int)]
+        full += known
+        new.append(math.prod(known))
+    return _squeeze(np.broadcast_to(array, full).reshape(new))
 
 
 def _squeeze(array: Array) -> Array:

@@ -6,15 +6,16 @@ of these is :class:`Opaque`: nothing moves through it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from bnctl.codes import Obstacle
-from bnctl.graph.affine import AffineMap
-
-Array = NDArray[np.float64]
+from bnctl.graph.affine import AffineMap, Array, Shape
+from bnctl.graph.window import Window
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,14 @@ class LinearOp(Op):
 class Conv(LinearOp):
     """Convolution, transposed or not, over ``spatial`` axes; channels are the axis before them.
 
-    ``padded`` says whether zeros are put around the input (also by ``auto_pad`` or a string).
+    ``padded`` says whether zeros are put around the input (also by ``auto_pad`` or a string); ``window`` is None where that depends on the size of the
+    input, and for transposed ones.
     """
 
     spatial: int = 2
     transposed: bool = False
     padded: bool = False
+    window: Window | None = None
 
     @property
     def label(self) -> str:
@@ -157,40 +160,120 @@ class Permute(Op):
 
 
 @dataclass(frozen=True)
+class Rearrange(Op):
+    """Axes are split into factors, the factors permuted and merged again: pixel shuffle, channel shuffle, squeeze, unsqueeze, flatten.
+
+    What a reshape says by sizes alone is said here axis by axis, so that unknown sizes do no harm.
+
+    Args:
+        split: the factors of each axis of the input, whose product is its size; no int where a size is not known.
+        axes: where each factor of the output comes from among all factors of the input.
+        merged: the number of factors in each axis of the output; an axis of none has size one.
+    """
+
+    split: tuple[Shape, ...]
+    axes: tuple[int, ...]
+    merged: tuple[int, ...]
+
+    @classmethod
+    def depth_to_space(cls, shape: Shape, block: int, *, depth_first: bool) -> Rearrange:
+        """``(..., C r r, H, W)`` to ``(..., C, H r, W r)``; depth first (DCR of ONNX), the channels are ``(r, r, C)``, otherwise ``(C, r, r)``."""
+        *lead, channels, height, width = shape
+        k = len(lead)
+        depth = channels // block**2 if isinstance(channels, int) else None
+        factors = (block, block, depth) if depth_first else (depth, block, block)
+        c, r1, r2 = (k + 2, k, k + 1) if depth_first else (k, k + 1, k + 2)
+        axes = (*range(k), c, k + 3, r1, k + 4, r2)
+        return cls((*((n,) for n in lead), factors, (height,), (width,)), axes, (*[1] * k, 1, 2, 2))
+
+    @property
+    def inverse(self) -> Rearrange:
+        """The way back."""
+        factors = [n for axis in self.split for n in axis]
+        ends = np.cumsum(self.merged).tolist()
+        split = tuple(
+            tuple(factors[a] for a in self.axes[end - count : end])
+            for end, count in zip(ends, self.merged, strict=True)
+        )
+        return Rearrange(split, tuple(int(i) for i in np.argsort(self.axes)), tuple(len(axis) for axis in self.split))
+
+
+@dataclass(frozen=True, eq=False)
 class Concat(Op):
-    """The inputs one behind the other along ``axis``."""
+    """The parts one behind the other along ``axis``; ``stacked``, each is a step along a new one.
+
+    ``parts`` has one entry per part: its value where it is constant, None where it is the next input.
+    """
 
     axis: int
+    parts: tuple[Array | None, ...]
+    stacked: bool = False
 
 
-@dataclass(frozen=True)
-class Slice(Op):
-    """Each output is a contiguous part of the input along ``axis`` (slice, split, chunk, narrow), beginning at ``starts``."""
+Positions = tuple[int, ...] | None
+"""Where a selection takes its elements from along one axis, in order, each any number of times; None where that depends on a size that is not known."""
 
-    axis: int
-    starts: tuple[int, ...]
+
+@dataclass(frozen=True, eq=False)
+class Select(Op):
+    """Each output takes elements of the input: slice, split, index, flip, roll, crop, expand, repeat, padding by reflection.
+
+    Args:
+        parts: for each output, the positions along each axis along which it does not simply take all.
+        dropped: axes along which one element is taken, and which the outputs do not have.
+    """
+
+    parts: tuple[dict[int, Positions], ...]
+    dropped: tuple[int, ...] = ()
+
+    @classmethod
+    def split(cls, axis: int, sizes: Iterable[int]) -> Select:
+        """Contiguous parts of these sizes, one behind the other."""
+        ends = list(accumulate(sizes, initial=0))
+        return cls(tuple({axis: tuple(range(*ends_of))} for ends_of in pairwise(ends)))
 
 
 @dataclass(frozen=True)
 class Sum(Op):
-    """``y = x0 + sign * x1`` of two branches of the same shape."""
+    """``y = sum(sign * x)`` of branches that are broadcast against each other; a sign is 1 or -1."""
 
-    sign: int = 1
+    signs: tuple[int, ...]
+
+    @property
+    def label(self) -> str:
+        """What a user calls it."""
+        return "add"
+
+
+@dataclass(frozen=True)
+class Product(Op):
+    """``y = x0 * x1`` of two values that are broadcast against each other."""
 
 
 @dataclass(frozen=True)
 class Average(Op):
-    """Weighted means over the last ``spatial`` axes with weights that sum to one everywhere: average pooling, interpolation, padding by reflection."""
+    """Weighted sums over the last ``spatial`` axes, with weights that depend on the position alone: average pooling, interpolation.
+
+    They sum to one everywhere, unless it is ``partial``: zeros around the input are counted, or the divisor is another.
+    """
 
     spatial: int
+    partial: bool = False
 
 
 @dataclass(frozen=True)
-class Mean(Op):
-    """Mean over ``axes``."""
+class Reduce(Op):
+    """Mean, sum, maximum or minimum over ``axes``; ``count`` is the number of elements in each, where it is the same for all inputs of the model."""
 
+    kind: Literal["mean", "sum", "max", "min"]
     axes: tuple[int, ...]
     keepdims: bool
+    count: int | None = None
+
+    @property
+    def label(self) -> str:
+        """Mean, sum, max or min."""
+        return self.kind
 
 
 @dataclass(frozen=True)
@@ -202,7 +285,10 @@ class MaxPool(Op):
 
 @dataclass(frozen=True)
 class ConstantPad(Op):
-    """Constants around the input."""
+    """A constant around the input: ``pads`` are the numbers of elements before and behind, per axis; ``value`` is None where it is not known."""
+
+    pads: tuple[tuple[int, int], ...]
+    value: float | None = 0.0
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from bnctl.errors import ModelError
+from bnctl.models.onnx_stream import write_inline
 from bnctl.models.spec import require_file
 from bnctl.models.write import publish, refuse_existing, staging
 
@@ -91,7 +92,10 @@ def save_onnx(
         refuse_existing(output, force=force)
     with staging(target) as folder:
         try:
-            onnx_ir.save(model, folder / target.name, external_data=data.name if external else None)
+            if external:
+                onnx_ir.save(model, folder / target.name, external_data=data.name)
+            else:
+                write_inline(model, folder / target.name)
         except (OSError, ValueError, TypeError) as error:
             raise ModelError(
                 f"{target} cannot be written: {type(error).__name__}: {error}",

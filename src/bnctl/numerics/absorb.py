@@ -6,7 +6,8 @@ The weights of every linear operator are brought to one canonical form ``(groups
     after the operator    y = s*(W x + b) + t      W' = s W,   b' = s b + t
     before the operator   y = W (s*x + t) + b      W' = W s,   b' = b + sum_in,kernel(W t)
 
-The second is exact only where the operator sees no padding (or t is 0): the planner has checked that. Everything is float64; the engine casts once.
+The second is exact only where the operator sees no padding (or t is 0): the planner has checked that. With zeros around the input and a further channel of
+ones inside them, ``W*(s*x + t) = [W s, sum_in(W t)]*[x, 1]`` is exact too. Everything is float64; the engine casts once.
 """
 
 from __future__ import annotations
@@ -45,3 +46,18 @@ def absorb_input(op: LinearOp, weight: Array, bias: Array | None, scale: Array, 
     new_bias = moved * op.weight_factor / op.bias_factor
     new_weight = op.layout.stored(canonical * scale.reshape(groups, 1, inner, *ones))
     return new_weight, new_bias if bias is None else bias + new_bias
+
+
+def absorb_padded(op: LinearOp, weight: Array, scale: Array, shift: Array) -> Array:
+    """Weight of ``op(scale * x + shift)`` over ``[x, 1]``, for a single group. The bias stays.
+
+    Args:
+        op: a convolution.
+        weight: as stored, over x or already over ``[x, 1]``.
+        scale, shift: (channels of x,).
+    """
+    canonical = op.layout.canonical(weight)
+    over_x, over_ones = np.split(canonical, [len(scale)], axis=2)
+    ones = [1] * (canonical.ndim - 3)
+    border = (over_x * shift.reshape(1, 1, -1, *ones)).sum(axis=2, keepdims=True) + over_ones.sum(axis=2, keepdims=True)
+    return op.layout.stored(np.concatenate([over_x * scale.reshape(1, 1, -1, *ones), border], axis=2))

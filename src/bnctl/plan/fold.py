@@ -14,10 +14,13 @@ import numpy as np
 from bnctl.codes import Obstacle
 from bnctl.graph.affine import AffineMap
 from bnctl.graph.graph import Graph, Node, Slot
-from bnctl.graph.ops import Affine, Norm, Op
-from bnctl.plan.backward import backward
-from bnctl.plan.forward import forward
-from bnctl.plan.moves import Absorb
+from bnctl.graph.ops import Affine, Identity, Norm, Op, Permute, Rearrange, Reshape, Select
+from bnctl.plan.backward import backward, undisturbed
+from bnctl.plan.forward import forward, forward_padded
+from bnctl.plan.moves import Absorb, Choice, Move, Pass
+
+VIEWS = (Identity, Permute, Rearrange, Reshape, Select)
+"""Operators whose output may be the same memory as their input."""
 
 Absorbed = dict[int, list[Absorb]]
 """What each absorbing node takes, in order."""
@@ -40,6 +43,11 @@ class Edit:
 
     node: Node
     absorbs: tuple[Absorb, ...]
+
+    @property
+    def takes_ones(self) -> bool:
+        """Whether the operator gets a further input channel of ones."""
+        return any(absorb.side == "padded" for absorb in self.absorbs)
 
     @property
     def weight(self) -> Slot:
@@ -79,14 +87,22 @@ class FoldPlan:
         return sum(slot.size for slot in self.untied)
 
 
-def plan_fold(graph: Graph, *, selected: Callable[[str], bool] = lambda name: True) -> FoldPlan:
+def plan_fold(
+    graph: Graph,
+    *,
+    selected: Callable[[str], bool] = lambda name: True,
+    untie: bool = True,
+    takes_ones: Callable[[Node], bool] = lambda node: False,
+) -> FoldPlan:
     """Plan which affines of a graph are folded where.
 
     Args:
         graph: the model.
         selected: says by name which layers may be folded.
+        untie: whether a parameter that is tied to another may get an array of its own.
+        takes_ones: whether a padded convolution may get a further input channel of ones.
     """
-    draft = _Draft(graph)
+    draft = _Draft(graph, untie, takes_ones)
     sites = _sites(graph)
     into: dict[str, tuple[str, ...]] = {}
     reasons: dict[str, Obstacle] = {}
@@ -109,7 +125,7 @@ def plan_fold(graph: Graph, *, selected: Callable[[str], bool] = lambda name: Tr
         sites=tuple(
             _report(name, sites[name], into, reasons)
             for name in sites
-            if name in into or any(map(_is_norm, sites[name]))
+            if into.get(name) or any(map(_is_norm, sites[name]))
         ),
         edits=tuple(draft.edits()),
         removed=tuple(node for name in into for node in sites[name]),
@@ -121,11 +137,13 @@ def plan_fold(graph: Graph, *, selected: Callable[[str], bool] = lambda name: Tr
 def _sites(graph: Graph) -> dict[str, list[Node]]:
     """Affine and BatchNorm layers, all calls of each, in order of execution.
 
-    A factor that is the same for all channels is no site: it costs nothing that folding could save.
+    A factor that is the same for all channels is no site: it costs nothing that folding could save. What changes nothing (``x + 0``) is one.
     """
     found: dict[str, list[Node]] = {}
     for node in graph.nodes:
-        if _is_norm(node) or (isinstance(node.op, Affine) and max(node.op.map.shape, default=1) > 1):
+        if _is_norm(node) or (
+            isinstance(node.op, Affine) and (max(node.op.map.shape, default=1) > 1 or node.op.map.identity)
+        ):
             found.setdefault(node.layer, []).append(node)
     return found
 
@@ -148,6 +166,8 @@ class _Draft:
     """The graph with the affines that are already planned away taken out."""
 
     graph: Graph
+    untie: bool = True
+    takes_ones: Callable[[Node], bool] = lambda node: False
     alias: dict[int, int] = field(default_factory=dict)
     observed: dict[int, Obstacle] = field(init=False)
     readers: dict[int, list[Node]] = field(init=False)
@@ -172,6 +192,10 @@ class _Draft:
             if not self._map(node).finite:
                 return Obstacle("BN115", "scale or shift is not finite")
         crossed: set[int] = set()
+        if all(self._map(node).identity for node in nodes):
+            free = all(self._is_fresh(self.resolve(node.inputs[0])) for node in nodes)
+            needless = {} if free else self._try(nodes, self._ahead, crossed)
+            return needless if isinstance(needless, Obstacle) else self._commit(nodes, {}, {})
         back = self._try(nodes, self._back, crossed)
         if not isinstance(back, Obstacle):  # what went into the layer now is what came out of it
             became = {
@@ -183,6 +207,12 @@ class _Draft:
         if not isinstance(ahead, Obstacle):
             return self._commit(nodes, ahead, dict.fromkeys(crossed))
         return Obstacle(back.code, f"{back.detail}; forward: {ahead.detail} ({ahead.code})")
+
+    def _is_fresh(self, value: int) -> bool:
+        """Whether a value is in memory of its own, which only one node reads: that node's readers may do with it what they like."""
+        producer = self.graph.producer.get(value)
+        made = producer is not None and not isinstance(producer.op, VIEWS) and not producer.in_place
+        return made and len(self.readers[value]) == 1 and value not in self.observed
 
     def _map(self, node: Node) -> AffineMap:
         """The affine of a node, with what it has absorbed since."""
@@ -213,19 +243,31 @@ class _Draft:
         return self._conflict(taken) or taken
 
     def _back(self, site: Node, crossed: set[int]) -> list[tuple[Node, Absorb]] | Obstacle:
-        taken = []
-        todo = [(site.inputs[0], self._map(site))]
+        found = self._back_from([(site.inputs[0], self._map(site), site)])
+        if isinstance(found, Obstacle):
+            return found
+        taken, values = found
+        crossed |= values
+        return taken
+
+    def _back_from(
+        self, todo: list[tuple[int, AffineMap, Node]]
+    ) -> tuple[list[tuple[Node, Absorb]], set[int]] | Obstacle:
+        """Move maps back from the values on which they act, each towards the reader that comes with it: what absorbs them, and the values that change."""
+        taken, crossed = [], set()
         while todo:
-            value, m = todo.pop()
+            value, m, reader = todo.pop()
             value = self.resolve(value)
             crossed.add(value)
             name = self.graph.values[value].name
             if value in self.observed:
                 return self.observed[value]
-            if len(self.readers[value]) != 1:
-                others = sorted({n.layer for n in self.readers[value] if n is not site})
-                more = f" and {len(others) - 2} more" if len(others) > 2 else ""
-                named = ", ".join(others[:2]) or "the same layer a second time"
+            others = list(self.readers[value])
+            others.remove(reader)
+            if not all(undisturbed(other, reader, m) for other in others):
+                layers = sorted({n.layer for n in others if n is not reader})
+                more = f" and {len(layers) - 2} more" if len(layers) > 2 else ""
+                named = ", ".join(layers[:2]) or "the same layer a second time"
                 return Obstacle("BN101", f"{name} is also read by {named}{more}")
             producer = self.graph.producer.get(value)
             if producer is None:
@@ -235,12 +277,31 @@ class _Draft:
                 return moved
             if isinstance(moved, Absorb):
                 taken.append((producer, moved))
+            elif isinstance(moved, Pass):
+                todo += [(v, part, producer) for v, part in _changing(moved)]
             else:
-                todo += moved.maps
-        return taken
+                chosen = self._first_of(moved, producer)
+                if isinstance(chosen, Obstacle):
+                    return chosen
+                taken += chosen[0]
+                crossed |= chosen[1]
+        return taken, crossed
+
+    def _first_of(self, choice: Choice, via: Node) -> tuple[list[tuple[Node, Absorb]], set[int]] | Obstacle:
+        """The first way that can be gone to its end; the obstacle of the first, where there is none."""
+        tried = (self._back_from([(v, m, via) for v, m in _changing(o)]) for o in choice.options)
+        obstacles = []
+        for found in tried:
+            if not isinstance(found, Obstacle):
+                return found
+            obstacles.append(found)
+        return obstacles[0]
 
     def _ahead(self, site: Node, crossed: set[int]) -> list[tuple[Node, Absorb]] | Obstacle:
         taken = []
+        writer = self._writer_of(self.resolve(site.inputs[0]), site)
+        if writer is not None:  # what reads the layer would see it
+            return Obstacle("BN117", f"{writer.layer} writes into what it reads in place")
         todo = [(site.outputs[0], self._map(site))]
         while todo:
             value, m = todo.pop()
@@ -256,20 +317,51 @@ class _Draft:
                     return Obstacle("BN101", f"{reader.layer} reads it twice")
                 if reader.in_place:  # without the layer it would write into what the layer reads
                     return Obstacle("BN117", f"{reader.layer} writes into it in place")
-                moved = forward(self._now(reader), reader, self.graph, places[0], m)
-                if isinstance(moved, Obstacle):
-                    return moved
-                if isinstance(moved, Absorb):
-                    taken.append((reader, moved))
-                else:
+                moved = self._forward(reader, places[0], m)
+                if isinstance(moved, Pass):
                     todo += moved.maps
+                elif m.identity and not (isinstance(moved, Obstacle) and moved.code == "BN117"):
+                    continue  # a part of the value on which nothing changes
+                elif isinstance(moved, Obstacle):
+                    return moved
+                elif isinstance(moved, Absorb):
+                    taken.append((reader, moved))
         return taken
+
+    def _forward(self, reader: Node, index: int, m: AffineMap) -> Move:
+        moved = forward(self._now(reader), reader, self.graph, index, m)
+        has_ones = any(a.side == "padded" for a in self.absorbed.get(reader.id, ()))
+        if has_ones or (isinstance(moved, Obstacle) and moved.code == "BN114" and self.takes_ones(reader)):
+            return forward_padded(reader.op, reader, m) or moved
+        return moved
+
+    def _writer_of(self, value: int, site: Node) -> Node | None:
+        """Somebody else who writes in place into the memory of a value, through whatever view of it."""
+        while (producer := self.graph.producer.get(value)) is not None and isinstance(producer.op, VIEWS):
+            value = self.resolve(producer.inputs[0])
+        todo, seen = [value], set[int]()
+        while todo:
+            value = todo.pop()
+            if value in seen:
+                continue
+            seen.add(value)
+            for reader in (r for r in self.readers[value] if r is not site):
+                obstacle = getattr(reader.op, "obstacle", None)
+                if reader.in_place or (obstacle is not None and obstacle.code == "BN117"):
+                    return reader
+                if isinstance(reader.op, VIEWS):
+                    todo += reader.outputs
+        return None
 
     def _conflict(self, taken: Absorbed) -> Obstacle | None:
         """Every call that reads a parameter must agree on what becomes of it."""
         for node_id, absorbs in taken.items():
             node = self.graph.by_id[node_id]
-            for key in (slot.key for slot in (node.weight, node.bias) if slot is not None):
+            slots = [slot for slot in (node.weight, node.bias) if slot is not None]
+            tied = next((slot for slot in slots if self._tied(slot)), None)
+            if tied is not None and not self.untie:
+                return Obstacle("BN122", f"{tied.key} is tied to another parameter")
+            for key in (slot.key for slot in slots):
                 if any(not _equal(absorbs, taken.get(other.id, [])) for other in self.graph.slot_readers[key]):
                     return Obstacle("BN106", f"{key} is read by several calls, and they would need different weights")
         return None
@@ -302,8 +394,16 @@ class _Draft:
         """Slots that must get an array of their own before they are written."""
         for edit in self.edits():
             for slot in (edit.node.weight, edit.node.bias):
-                if slot is not None and (slot.shared or len(self.graph.tensor_slots.get(slot.tensor, ())) > 1):
+                if slot is not None and self._tied(slot):
                     yield slot
+
+    def _tied(self, slot: Slot) -> bool:
+        return slot.shared or len(self.graph.tensor_slots.get(slot.tensor, ())) > 1
+
+
+def _changing(moved: Pass) -> list[tuple[int, AffineMap]]:
+    """The branches on which an affine changes anything. A single input is followed in any case: it may be the same memory as the output."""
+    return [(value, m) for value, m in moved.maps if len(moved.maps) == 1 or not m.identity]
 
 
 def _equal(one: list[Absorb], two: list[Absorb]) -> bool:

@@ -14,12 +14,13 @@ _TRANSPARENT = (
     ops.Identity,
     ops.Reshape,
     ops.Permute,
+    ops.Rearrange,
     ops.Concat,
-    ops.Slice,
+    ops.Select,
     ops.Sum,
     ops.Average,
     ops.MaxPool,
-    ops.Mean,
+    ops.Reduce,
     ops.Affine,
 )
 _NOT_HIDDEN = {"softmax", "log_softmax"}

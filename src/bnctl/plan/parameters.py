@@ -7,7 +7,7 @@ import numpy as np
 from bnctl.errors import OverflowInFoldError
 from bnctl.graph.affine import Array
 from bnctl.graph.ops import LinearOp
-from bnctl.numerics.absorb import absorb_input, absorb_output
+from bnctl.numerics.absorb import absorb_input, absorb_output, absorb_padded
 from bnctl.plan.fold import Edit
 
 
@@ -28,9 +28,14 @@ def new_parameters(edit: Edit, weight: Array, bias: Array | None) -> tuple[Array
         if not isinstance(op, LinearOp):  # a normalisation layer that stays
             weight, new_bias = weight * taken.scale, (0.0 if new_bias is None else new_bias) * taken.scale + taken.shift
             continue
+        if taken.side == "padded":
+            weight = absorb_padded(op, weight, taken.scale, taken.shift)
+            continue
         absorb = absorb_output if taken.side == "output" else absorb_input
         weight, new_bias = absorb(op, weight, new_bias, taken.scale, taken.shift)
-    assert new_bias is not None
+    if new_bias is None:
+        assert isinstance(op, LinearOp)
+        new_bias = np.zeros(op.layout.channels(weight.shape)[1])
     return weight, new_bias
 
 
@@ -40,7 +45,9 @@ def check_range(layer: str, array: Array, largest: float) -> None:
     Raises:
         OverflowInFoldError: naming the layer.
     """
-    peak = float(np.max(np.abs(array), initial=0.0))
+    peak = float(
+        np.maximum(np.max(array, initial=0.0), -np.min(array, initial=0.0))
+    )  # without an array of absolute values
     if not peak <= largest:
         raise OverflowInFoldError(
             f"{layer}: folded parameters reach {peak:.3g}, beyond the largest value {largest:.3g} of their dtype (BN115)",

@@ -17,6 +17,11 @@ OnnxSource: TypeAlias = "str | Path | bytes | onnx_ir.Model"
 # protobuf cannot serialise 2 GiB, and what is not tensors needs some room, too.
 INLINE_BYTES = 2**31 - 2**26
 
+_LARGE_BYTES = 2**16
+_ELSEWHERE = "weights"
+_SHARED_TYPES = frozenset({"FLOAT", "DOUBLE"})
+"""Types that are weights and nothing else: shape inference reads integers, and the runtime converts half precision."""
+
 _COARSE_FIRST = {"BFLOAT16": "bfloat16", "FLOAT16": "float16", "FLOAT": "float32", "DOUBLE": "float64"}
 
 
@@ -48,24 +53,56 @@ def read(source: OnnxSource) -> onnx_ir.Model:
 
 
 @contextmanager
-def loadable(source: OnnxSource) -> Iterator[str | bytes]:
-    """What ``onnxruntime.InferenceSession`` takes; valid inside the context only.
+def loadable(source: OnnxSource, *, shared: bool) -> Iterator[tuple[str | bytes, dict[str, onnx_ir.TensorProtocol]]]:
+    """What ``onnxruntime.InferenceSession`` takes, valid inside the context only, and the initializers that the caller adds to it.
 
-    IR models of 2 GiB and more, and those with weights in other files, go through a temporary folder.
+    Models of 2 GiB and more, and those with weights in other files, go through a temporary folder.
+
+    Args:
+        source: the model.
+        shared: leave the large weights of an IR model where they are, in memory or in the file that they are mapped from, instead of handing the session
+            a copy. An optimiser could not read them.
     """
     import onnx_ir
 
     if isinstance(source, (str, Path)):
-        yield str(source)
+        yield str(source), {}
     elif isinstance(source, bytes):
-        yield source
-    elif _fits_inline(source):
-        yield onnx_ir.to_proto(source).SerializeToString()
+        yield source, {}
     else:
+        rest, weights = _without_large_weights(source) if shared else (source, {})
+        if not weights and _fits_inline(source):
+            yield onnx_ir.to_proto(source).SerializeToString(), {}
+            return
         with tempfile.TemporaryDirectory(prefix="bnctl-") as folder:
             path = Path(folder, "model.onnx")
-            onnx_ir.save(source, path, external_data="model.data")
-            yield str(path)
+            if _fits_inline(rest, weights):
+                Path(folder, _ELSEWHERE).touch()  # the runtime sees that it exists, and does not read it
+                path.write_bytes(onnx_ir.to_proto(rest).SerializeToString())
+            else:
+                weights = {}
+                onnx_ir.save(source, path, external_data="model.data")
+            yield str(path), weights
+
+
+def _without_large_weights(
+    model: onnx_ir.Model,
+) -> tuple[onnx_ir.Model, dict[str, onnx_ir.TensorProtocol]]:
+    """A copy whose large weights are said to be in another file, and these by name."""
+    import onnx_ir
+
+    clone = model.clone()
+    weights: dict[str, onnx_ir.TensorProtocol] = {}
+    for name, value in clone.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None or tensor.dtype.name not in _SHARED_TYPES or value.is_graph_input():
+            continue  # an optional input keeps its default
+        if tensor.nbytes > _LARGE_BYTES or isinstance(tensor, onnx_ir.ExternalTensor):
+            weights[name] = tensor
+            value.const_value = onnx_ir.ExternalTensor(
+                _ELSEWHERE, 0, tensor.nbytes, tensor.dtype, shape=onnx_ir.Shape(tensor.shape.numpy()), name=name
+            )
+    return clone, weights
 
 
 def expose(source: OnnxSource, names: Collection[str] | None = None) -> Exposed:
@@ -119,9 +156,15 @@ def _reads(node: onnx_ir.Node) -> Iterator[str]:
                 yield from _reads(inner)
 
 
-def _fits_inline(model: onnx_ir.Model) -> bool:
+def _fits_inline(model: onnx_ir.Model, elsewhere: Collection[str] = ()) -> bool:
+    """Whether protobuf can serialise a model, and none of it is in another file; but for these initializers."""
     import onnx_ir
 
-    tensors = [value.const_value for graph in model.graphs() for value in graph.initializers.values()]
-    total = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    tensors = [
+        value.const_value
+        for graph in model.graphs()
+        for name, value in graph.initializers.items()
+        if value.const_value is not None and not (graph is model.graph and name in elsewhere)
+    ]
+    total = sum(tensor.nbytes for tensor in tensors)
     return total < INLINE_BYTES and not any(isinstance(tensor, onnx_ir.ExternalTensor) for tensor in tensors)

@@ -63,6 +63,7 @@ class OrtRunner:
         self._source = model
         self._threads = threads
         self._device = device
+        self._shared: dict[str, onnxruntime.OrtValue] = {}  # weights that the sessions read; they must live as long
         self._session = self._open(model, optimised=optimised)
         self._required = [_spec(i) for i in self._session.get_inputs()]
         self._optional = [_spec(i) for i in self._session.get_overridable_initializers()]
@@ -136,7 +137,11 @@ class OrtRunner:
         options.add_session_config_entry("session.inter_op.allow_spinning", "0")
         options.log_severity_level = _ERRORS_ONLY
         try:
-            with onnx_source.loadable(model) as source:
+            with onnx_source.loadable(model, shared=not optimised) as (source, weights):
+                for name, tensor in weights.items():
+                    if name not in self._shared:
+                        self._shared[name] = onnxruntime.OrtValue.ortvalue_from_numpy(tensor.numpy())
+                    options.add_initializer(name, self._shared[name])
                 return onnxruntime.InferenceSession(source, options, providers=[provider])
         except Exception as error:  # the runtime's errors share no base class
             raise ModelError(

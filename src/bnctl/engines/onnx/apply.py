@@ -48,6 +48,8 @@ def _carry_out(edit: Edit, lifted: Lifted, editor: Editor) -> None:
     for native in lifted.natives[node.id][:-1]:  # a product to which the bias is still to be added
         product = editor.twin(native).outputs[0]
         editor.rename(product, editor.fresh(f"{product.name}_folded"))
+    if edit.takes_ones:
+        editor.append_ones(place.node, old.ndim, ir.DataType.from_numpy(weight.dtype))
     if not np.array_equal(new, old):
         editor.write(node.layer, place, new, ir.DataType.from_numpy(weight.dtype))
     if bias_place is None or np.array_equal(new_bias, np.zeros_like(new_bias) if old_bias is None else old_bias):

@@ -11,7 +11,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from bnctl.codes import Obstacle
-from bnctl.engines.onnx.shapes import TensorInfo
+from bnctl.engines.onnx.scopes import opsets, subgraphs
+from bnctl.engines.onnx.shapes import IR_VERSION_WITH_DEFAULTS, TensorInfo
 from bnctl.engines.onnx.tensors import stored_tensor
 
 _EVALUATED = frozenset(
@@ -26,13 +27,9 @@ _EVALUATED = frozenset(
 
 _RESHAPES = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
 
-IR_VERSION_WITH_DEFAULTS = 4
-"""From this version on, an initializer that is also a graph input is a default that a caller may override. Before it, every initializer had to be
-listed as an input, and ONNX Runtime treats all of them as constants."""
-
 
 class Constants:
-    """The constant values of the main graph, evaluated when asked for, once.
+    """The constant values of the main graph and of those inside its nodes, evaluated when asked for; what is computed is kept.
 
     Args:
         model: the model; not changed.
@@ -41,14 +38,20 @@ class Constants:
 
     def __init__(self, model: ir.Model, info: Mapping[str, TensorInfo]) -> None:
         self._info = info
-        self._opsets = dict(model.opset_imports)
+        self._opsets = opsets(model.opset_imports)
         self._arrays: dict[ir.Value, NDArray[Any] | None] = {}
         defaults = model.ir_version >= IR_VERSION_WITH_DEFAULTS
         self._overridable = {v for v in model.graph.inputs if defaults and v.is_initializer()}
         self._known = {v for v in model.graph.initializers.values() if v not in self._overridable}
-        for node in model.graph:
+        self._add_graph(model.graph)
+
+    def _add_graph(self, graph: ir.Graph) -> None:
+        for node in graph:
             if self._is_constant(node):
                 self._known.update(node.outputs)
+            for inner in subgraphs(node):
+                self._known.update(v for v in inner.initializers.values() if not v.is_graph_input())
+                self._add_graph(inner)
 
     def __contains__(self, value: ir.Value | None) -> bool:
         return value in self._known
@@ -87,17 +90,15 @@ class Constants:
             shape = self.tensor_shape(value)
             if shape is None or math.prod(shape) > limit:
                 return None
+        stored = stored_tensor(value)
+        if stored is not None:  # not kept: the weights of a model are read once each
+            # A copy of what lies in another file: a view would keep the file mapped, and onnx-ir could not write the model.
+            return np.array(stored.numpy()) if isinstance(stored, ir.ExternalTensor) else stored.numpy()
         if value not in self._arrays:
             self._evaluate(value)
         return self._arrays[value]
 
     def _evaluate(self, value: ir.Value) -> None:
-        stored = stored_tensor(value)
-        if stored is not None:
-            # A copy of what lies in another file: a view would keep the file mapped, and onnx-ir could not write the model.
-            external = isinstance(stored, ir.ExternalTensor)
-            self._arrays[value] = np.array(stored.numpy()) if external else stored.numpy()
-            return
         node = value.producer()
         assert node is not None
         shape = self._static_shape(value)

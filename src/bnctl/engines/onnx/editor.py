@@ -9,10 +9,14 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from bnctl.engines.onnx.constants import IR_VERSION_WITH_DEFAULTS
 from bnctl.engines.onnx.names import value_names
+from bnctl.engines.onnx.scopes import fresh_name, opsets
+from bnctl.engines.onnx.shapes import IR_VERSION_WITH_DEFAULTS
 from bnctl.engines.onnx.translated import Place
 from bnctl.plan.parameters import check_range
+
+_PADS_ARE_INPUTS = 11
+"""The opset from which Pad takes its numbers as inputs."""
 
 
 class Editor:
@@ -24,9 +28,9 @@ class Editor:
 
     def __init__(self, original: ir.Model) -> None:
         self.model = original.clone()
-        self._twins = dict(zip(original.graph, self.model.graph, strict=True))
+        self._twins = dict(zip(original.graph.all_nodes(), self.model.graph.all_nodes(), strict=True))
         self._names = value_names(self.model)
-        self._values = {str(v.name): v for node in self.model.graph for v in node.outputs}
+        self._values = {str(v.name): v for node in self._twins.values() for v in node.outputs}
 
     def value(self, name: str) -> ir.Value:
         """The value that a node of the original computes under this name; behind an appended operator, what that computes."""
@@ -38,12 +42,7 @@ class Editor:
 
     def fresh(self, base: str) -> str:
         """A name that no value has, and that is taken from now on."""
-        name, number = base, 1
-        while name in self._names:
-            number += 1
-            name = f"{base}_{number}"
-        self._names.add(name)
-        return name
+        return fresh_name(base, self._names)
 
     def rename(self, value: ir.Value, name: str) -> None:
         """Give a value a name; nobody else may have it."""
@@ -71,12 +70,15 @@ class Editor:
         node.replace_input_with(place.index, self.initializer(layer, base, array, dtype))
 
     def initializer(self, layer: str, base: str, array: NDArray[np.float64], dtype: ir.DataType) -> ir.Value:
-        """A new initializer; ``array`` is cast once, to the given type.
+        """A new initializer of the main graph, which is seen from everywhere; ``array`` is cast once, to the given type.
 
         Raises:
             OverflowInFoldError: the array does not fit the type.
         """
         check_range(layer, array, _largest(dtype))
+        return self._register(base, array, dtype)
+
+    def _register(self, base: str, array: NDArray[Any], dtype: ir.DataType) -> ir.Value:
         name = self.fresh(base)
         tensor = ir.Tensor(array.astype(dtype.numpy()), dtype=dtype, name=name)
         value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(array.shape), const_value=tensor)
@@ -102,11 +104,28 @@ class Editor:
         after.shape, after.type = before.shape, before.type
         before.replace_all_uses_with(after, replace_graph_outputs=True)
         added.replace_input_with(0, before)
-        self.model.graph.insert_after(node, added)
+        _graph_of(node).insert_after(node, added)
         self.rename(before, self.fresh(f"{name}_before_{op_type}"))
         self.rename(after, name)
         self._values[name] = after
         return after
+
+    def append_ones(self, node: ir.Node, rank: int, dtype: ir.DataType) -> None:
+        """Let a node of the original see a further channel of ones behind those of its first input."""
+        twin = self.twin(node)
+        source = twin.inputs[0]
+        assert source is not None
+        pads = [0] * (2 * rank)
+        pads[rank + 1] = 1
+        name = f"{twin.outputs[0].name}_ones"
+        if opsets(self.model.opset_imports).get("", 0) < _PADS_ARE_INPUTS:
+            added = ir.node("Pad", [source], attributes={"pads": pads, "value": 1.0}, num_outputs=1, name=name)
+        else:
+            sizes = self._register(f"{name}_pads", np.array(pads), ir.DataType.INT64)
+            added = ir.node("Pad", [source, sizes, self._register(f"{name}_value", np.ones(()), dtype)], name=name)
+        self.rename(added.outputs[0], self.fresh(f"{source.name}_and_ones"))
+        _graph_of(twin).insert_before(twin, added)
+        twin.replace_input_with(0, added.outputs[0])
 
     def bypass(self, node: ir.Node, index: int) -> None:
         """Take out a node: its readers read its input number ``index``."""
@@ -115,32 +134,39 @@ class Editor:
         if result.type is not None:  # an output of the model keeps its declared type
             source.type, source.shape = result.type, result.shape
         result.replace_all_uses_with(source, replace_graph_outputs=True)
+        parameters = [v for v in node.inputs if v is not source]
         self._remove(node)
+        for value in parameters:
+            self.prune(value)
 
     def _remove(self, node: ir.Node) -> None:
-        inputs = tuple(node.inputs)
-        self.model.graph.remove(node, safe=True)
+        _graph_of(node).remove(node, safe=True)
         self._names.difference_update(str(v.name) for v in node.outputs)
-        for value in inputs:
-            self.prune(value)
 
     def prune(self, value: ir.Value | None) -> None:
         """Remove a parameter that nobody reads any more, with what only it was computed from."""
         if value is None or value.uses() or value.is_graph_output():
             return
-        graph = self.model.graph
         producer = value.producer()
+        if producer is not None and producer.graph is None:  # gone already, with another of its outputs
+            return
         if value.is_initializer():
+            assert value.graph is not None
             if value.is_graph_input():  # before IR version 4, all initializers are listed there
-                graph.inputs.remove(value)
-            graph.initializers.pop(str(value.name))
+                value.graph.inputs.remove(value)
+            value.graph.initializers.pop(str(value.name))
             self._names.discard(str(value.name))
-        elif (
-            producer is not None
-            and producer.graph is graph
-            and not any(v.uses() or v.is_graph_output() for v in producer.outputs)
-        ):
+        elif producer is not None and not any(v.uses() or v.is_graph_output() for v in producer.outputs):
+            inputs = dict.fromkeys(producer.inputs)
             self._remove(producer)
+            for given in inputs:
+                self.prune(given)
+
+
+def _graph_of(node: ir.Node) -> ir.Graph:
+    graph = node.graph
+    assert isinstance(graph, ir.Graph)
+    return graph
 
 
 def _largest(dtype: ir.DataType) -> float:

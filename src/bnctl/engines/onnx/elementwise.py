@@ -63,7 +63,7 @@ def _arithmetic(node: ir.Node, scope: Scope) -> Translated | None:
         return None
     constants = [v in scope.constants for v in (first, second)]
     if not any(constants):
-        return Translated(ops.Sum(1 if node.op_type == "Add" else -1)) if node.op_type in {"Add", "Sub"} else None
+        return _OF_TWO_VALUES.get(node.op_type)
     if all(constants):
         return None
     c, x = scope.constant(node, constants.index(True)), node.inputs[constants.index(False)]
@@ -72,6 +72,13 @@ def _arithmetic(node: ir.Node, scope: Scope) -> Translated | None:
         return None
     pair = _scale_and_shift(node.op_type, np.asarray(c, np.float64), constant_first=constants[0])
     return None if pair is None else Translated(ops.Affine(AffineMap.broadcast(len(shape), *pair)))
+
+
+_OF_TWO_VALUES = {
+    "Add": Translated(ops.Sum((1, 1))),
+    "Sub": Translated(ops.Sum((1, -1))),
+    "Mul": Translated(ops.Product()),
+}
 
 
 def _fits(constant: tuple[int, ...], shape: tuple[int | str | None, ...]) -> bool:
@@ -100,10 +107,22 @@ def _negation(node: ir.Node, scope: Scope) -> Translated | None:
 
 
 def _sum(node: ir.Node, scope: Scope) -> Translated | None:
-    """Sum takes any number of inputs; one and two are known."""
-    if any(v is None or v in scope.constants for v in node.inputs) or len(node.inputs) > 2:
+    """Sum of any number of inputs; constants that are added to one value are an affine."""
+    shape = scope.shape(node.outputs[0])
+    constants = [i for i, v in enumerate(node.inputs) if v in scope.constants]
+    branches = len(node.inputs) - len(constants)
+    if not constants:
+        return Translated(ops.Identity() if branches == 1 else ops.Sum((1,) * branches))
+    values = [scope.constant(node, i) for i in constants]
+    data = next((v for v in node.inputs if v not in scope.constants), None)
+    if branches != 1 or shape is None or scope.shape(data) != shape or any(c is None for c in values):
         return None
-    return Translated(ops.Identity() if len(node.inputs) == 1 else ops.Sum())
+    shift = sum((np.asarray(c, np.float64) for c in values), np.zeros(()))
+    return (
+        Translated(ops.Affine(AffineMap.broadcast(len(shape), np.ones(()), shift)))
+        if _fits(shift.shape, shape)
+        else None
+    )
 
 
 def _power(node: ir.Node, scope: Scope) -> Translated | None:

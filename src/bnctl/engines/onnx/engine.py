@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,9 +11,11 @@ from bnctl.engines.onnx.apply import apply_fold
 from bnctl.engines.onnx.calibrate import calibrate
 from bnctl.engines.onnx.insert import apply_insert
 from bnctl.engines.onnx.lift import Lifted, lift
+from bnctl.engines.onnx.merge import apply_merges
 from bnctl.graph.graph import Node
 from bnctl.plan.fold import FoldPlan
 from bnctl.plan.insert import InsertSite
+from bnctl.plan.merge import Merge, plan_merge
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -40,6 +42,22 @@ class OnnxEngine:
     def fold(self, captured: Captured, plan: FoldPlan) -> Model:
         """The folded model, sharing untouched weights with the one that was captured."""
         return replace(captured.model, native=apply_fold(captured.native, plan))
+
+    def takes_ones(self, captured: Captured, node: Node) -> bool:
+        """Any."""
+        return True
+
+    def plan_merges(self, captured: Captured, selected: Callable[[str], bool]) -> tuple[Merge, ...]:
+        """Any."""
+        return plan_merge(captured.graph, selected=selected)
+
+    def merge(self, captured: Captured, merges: tuple[Merge, ...]) -> Model:
+        """The merged model, sharing untouched weights with the one that was captured."""
+        return replace(captured.model, native=apply_merges(captured.native, merges))
+
+    def shows(self, captured: Captured, values: Collection[int]) -> set[str]:
+        """None: what changes gets another name."""
+        return set()
 
     def shown_as(self, captured: Captured, node: Node) -> str:
         """The value's name."""

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from bnctl.engines.onnx.editor import Editor
 from bnctl.engines.onnx.lift import Lifted
+from bnctl.engines.onnx.scopes import opsets
 from bnctl.numerics.batchnorm import identity_parameters
 from bnctl.numerics.moments import Moments
 from bnctl.plan.insert import InsertSite
@@ -38,7 +39,7 @@ def apply_insert(lifted: Lifted, sites: Sequence[InsertSite], moments: Mapping[s
         OverflowInFoldError: statistics are not finite or do not fit the type of the parameters.
     """
     editor = Editor(lifted.model)
-    opset = lifted.model.opset_imports.get("", 0)
+    opset = opsets(lifted.model.opset_imports).get("", 0)
     for site in sites:
         for node in site.nodes:
             output = lifted.graph.values[node.outputs[0]]

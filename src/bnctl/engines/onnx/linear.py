@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from bnctl.engines.onnx.movement import gather
 from bnctl.engines.onnx.translated import Place, Rule, Scope, Translated, axis_attribute, flag, input_of
 from bnctl.graph import ops
 from bnctl.graph.ops import WeightLayout
+from bnctl.graph.window import Window
 
 
 def _conv(node: ir.Node, scope: Scope) -> Translated | None:
@@ -15,8 +17,19 @@ def _conv(node: ir.Node, scope: Scope) -> Translated | None:
         return None
     transposed = node.op_type == "ConvTranspose"
     layout = WeightLayout(int(node.attributes.get_int("group", 1)), out_first=not transposed)
-    op = ops.Conv(layout, spatial=len(shape) - 2, transposed=transposed, padded=_padded(node, shape[2:]))
+    window = None if transposed else _window(node, len(shape) - 2)
+    op = ops.Conv(layout, spatial=len(shape) - 2, transposed=transposed, padded=_padded(node, shape[2:]), window=window)
     return Translated(op, Place(node, 1), Place(node, 2))
+
+
+def _window(node: ir.Node, spatial: int) -> Window | None:
+    mode = node.attributes.get_string("auto_pad", "NOTSET")
+    if mode not in {"NOTSET", "VALID"}:
+        return None
+    ones = (1,) * spatial
+    pads = tuple(node.attributes.get_ints("pads", ()) if mode == "NOTSET" else ()) or (0,) * (2 * spatial)
+    stride, dilation = (tuple(node.attributes.get_ints(name, ones)) for name in ("strides", "dilations"))
+    return Window(stride, dilation, pads[:spatial], pads[spatial:])
 
 
 def _padded(node: ir.Node, kernel: tuple[int, ...]) -> bool:
@@ -84,12 +97,14 @@ def _bias_behind(node: ir.Node, features: int, scope: Scope) -> Place | None:
 
 
 def _gather(node: ir.Node, scope: Scope) -> Translated | None:
-    """Rows of a constant table; the shift goes into an Add behind it."""
+    """Rows of a constant table, or a selection from a value. The shift of a table goes into an Add behind it."""
     table, indices = node.inputs[0], node.inputs[1]
+    if table not in scope.constants:
+        return gather(node, scope)
     shape = _weight_shape(node, 0, scope)
     if axis_attribute(node, 0) != 0 or shape is None or len(shape) != 2 or table is None or indices is None:
         return None
-    if table not in scope.constants or scope.constants.obstacle(table) is not None:
+    if scope.constants.obstacle(table) is not None:
         return None
     return Translated(ops.Embedding(WeightLayout(out_first=False)), Place(node, 0), Place(node, None))
 

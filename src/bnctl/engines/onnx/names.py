@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 
 import onnx_ir as ir
 
+from bnctl.engines.onnx.scopes import named_values, within
+
 _PARAMETER_SUFFIXES = (".weight", ".running_mean")
 
 
@@ -34,8 +36,4 @@ def _candidates(node: ir.Node) -> Iterator[str]:
 
 def value_names(model: ir.Model) -> set[str]:
     """Names of all values, also those inside subgraphs: a new name must not hide one of them."""
-    found: set[str] = set()
-    for graph in (model.graph, *model.graph.subgraphs()):
-        found.update(str(v.name) for v in (*graph.inputs, *graph.initializers.values()))
-        found.update(str(v.name) for node in graph for v in node.outputs)
-    return found
+    return {str(v.name) for graph in within(model.graph) for v in named_values(graph)}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
+from bnctl.engines.onnx.scopes import within
 from bnctl.engines.onnx.tensors import stored_tensor
 from bnctl.graph.affine import Shape
 
@@ -16,6 +18,10 @@ if TYPE_CHECKING:
 
 _SMALL_BYTES = 1024
 """Tensors up to this size keep their values for inference: it needs the targets of reshapes, not the weights."""
+
+IR_VERSION_WITH_DEFAULTS = 4
+"""From this version on, an initializer that is also a graph input is a default that a caller may override. Before it, every initializer had to be
+listed as an input, and ONNX Runtime treats all of them as constants."""
 
 _ANONYMOUS = {"", "?"}
 """Names that exporters give to sizes that need not be equal (Paddle writes "?" for each)."""
@@ -35,7 +41,7 @@ class TensorInfo:
 
 
 def infer_info(model: ir.Model) -> dict[str, TensorInfo]:
-    """Shape and type of each value of the main graph, by name, as far as they follow from the inputs.
+    """Shape and type of each value, by name, as far as they follow from the inputs. Names must be unique over all graphs.
 
     The shapes that the file declares of its other values may be stale (the batch was 1 when they were written, and the input was changed later).
     So they are set aside, and one is used only where inference does not even find the number of axes, and nothing before it in the graph is in the same case:
@@ -43,22 +49,27 @@ def infer_info(model: ir.Model) -> dict[str, TensorInfo]:
     """
     proto = _skeleton(model)
     declared = _set_aside_shapes(proto.graph)
+    for _, node in _nodes(proto.graph):
+        for inner in _inner(node):
+            declared |= _set_aside_shapes(inner, with_inputs=True)
     while True:
-        inferred = _inferred(proto)
-        known = _collected(inferred)
+        known = _collected(_inferred(proto).graph)
         found = _first_unknown(proto.graph, known, declared)
         if not found:
             return known
-        entries = {info.name: info for info in (*proto.graph.output, *proto.graph.value_info)}
-        for info in found:
-            if info.name in entries:
-                entries[info.name].CopyFrom(info)
+        for graph, info in found:
+            entry = next((e for e in (*graph.output, *graph.value_info) if e.name == info.name), None)
+            if entry is None:
+                graph.value_info.append(info)
             else:
-                proto.graph.value_info.append(info)
+                entry.CopyFrom(info)
 
 
-def _set_aside_shapes(graph: onnx.GraphProto) -> dict[str, onnx.ValueInfoProto]:
-    """Take the declared shapes from what nodes compute, in subgraphs too; returns those of the graph itself, by name."""
+def _set_aside_shapes(graph: onnx.GraphProto, *, with_inputs: bool = False) -> dict[str, onnx.ValueInfoProto]:
+    """Take the declared shapes from what nodes compute; returns them, by name.
+
+    What comes into a body is computed too, and may have other sizes in each pass of a loop: of its inputs, sizes are dropped for good.
+    """
     import onnx
 
     declared = {}
@@ -67,33 +78,55 @@ def _set_aside_shapes(graph: onnx.GraphProto) -> dict[str, onnx.ValueInfoProto]:
         if info.name in computed and info.type.HasField("tensor_type") and info.type.tensor_type.HasField("shape"):
             declared[info.name] = onnx.ValueInfoProto.FromString(info.SerializeToString())
             info.type.tensor_type.ClearField("shape")
-    for node in graph.node:
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                _set_aside_shapes(inner)
+    for info in graph.input if with_inputs else ():
+        for dim in info.type.tensor_type.shape.dim:
+            dim.Clear()
     return declared
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[tuple[onnx.GraphProto, onnx.NodeProto]]:
+    """Every node with its graph, in order of execution; those inside a node come before it."""
+    for node in graph.node:
+        for inner in _inner(node):
+            yield from _nodes(inner)
+        yield graph, node
+
+
+def _inner(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
 
 
 def _first_unknown(
     graph: onnx.GraphProto, known: dict[str, TensorInfo], declared: dict[str, onnx.ValueInfoProto]
-) -> list[onnx.ValueInfoProto]:
-    """What can be said of values whose shape inference does not find, and would not find if the others in the list were known.
+) -> list[tuple[onnx.GraphProto, onnx.ValueInfoProto]]:
+    """What can be said of values whose shape inference does not find, and would not find if the others in the list were known; each with its graph.
 
     Of a convolution, that follows from its weight; of other nodes, it is what the file declares.
     """
-    found: list[onnx.ValueInfoProto] = []
+    found: list[tuple[onnx.GraphProto, onnx.ValueInfoProto]] = []
     waiting: set[str] = set()
-    for node in graph.node:
+    for around, node in _nodes(graph):
         unknown = [name for name in node.output if name and known.get(name, TensorInfo()).shape is None]
-        if waiting.isdisjoint(node.input):
+        if waiting.isdisjoint(_reads(node)):
             convolution = _conv_output(node, known) if node.op_type in {"Conv", "ConvTranspose"} else None
             infos = (convolution or declared.get(name) for name in unknown)
-            new = [info for info in infos if info is not None]
+            new = [(around, info) for info in infos if info is not None]
             found += new
             if not new:
                 continue
         waiting.update(unknown)
     return found
+
+
+def _reads(node: onnx.NodeProto) -> Iterator[str]:
+    yield from node.input
+    for inner in _inner(node):
+        yield from (value.name for value in inner.output)
+        for _, other in _nodes(inner):
+            yield from other.input
 
 
 def _inferred(proto: onnx.ModelProto) -> onnx.ModelProto:
@@ -105,10 +138,13 @@ def _inferred(proto: onnx.ModelProto) -> onnx.ModelProto:
         return proto
 
 
-def _collected(proto: onnx.ModelProto) -> dict[str, TensorInfo]:
-    declared = (*proto.graph.input, *proto.graph.output, *proto.graph.value_info)
+def _collected(graph: onnx.GraphProto) -> dict[str, TensorInfo]:
+    declared = (*graph.input, *graph.output, *graph.value_info)
     found = {info.name: _info(info.type) for info in declared if info.type.HasField("tensor_type")}
-    found |= {t.name: TensorInfo(tuple(t.dims), dtype_name(ir.DataType(t.data_type))) for t in proto.graph.initializer}
+    found |= {t.name: TensorInfo(tuple(t.dims), dtype_name(ir.DataType(t.data_type))) for t in graph.initializer}
+    for node in graph.node:
+        for inner in _inner(node):
+            found |= _collected(inner)
     return found
 
 
@@ -129,26 +165,31 @@ def _conv_output(node: onnx.NodeProto, known: dict[str, TensorInfo]) -> onnx.Val
 
 
 def _skeleton(model: ir.Model) -> onnx.ModelProto:
-    """The model without its large tensors: they become inputs, whose shape and type are known."""
+    """The model without its large tensors, and without those that a caller can override: they become inputs, whose shape and type are known."""
     clone = model.clone()
-    graph = clone.graph
-    for value in tuple(graph.initializers.values()):
-        if value.const_value is not None and value.const_value.nbytes > _SMALL_BYTES:
-            graph.initializers.pop(str(value.name))
-            if not value.is_graph_input():
-                graph.inputs.append(_declared(value.name, value.const_value))
-    for node in tuple(graph):
-        tensor = stored_tensor(node.outputs[0]) if node.op_type == "Constant" else None
-        if tensor is not None and tensor.nbytes > _SMALL_BYTES and not node.outputs[0].is_graph_output():
-            stand_in = _declared(node.outputs[0].name, tensor)
-            node.outputs[0].replace_all_uses_with(stand_in)
-            graph.remove(node, safe=True)
-            graph.inputs.append(stand_in)
+    for graph in within(clone.graph):
+        for value in tuple(graph.initializers.values()):
+            overridable = value.is_graph_input() and model.ir_version >= IR_VERSION_WITH_DEFAULTS
+            if value.const_value is None or value.is_graph_output():
+                continue
+            if overridable or value.const_value.nbytes > _SMALL_BYTES:
+                graph.initializers.pop(str(value.name))
+                if not value.is_graph_input():
+                    _stand_in(clone, value, value.const_value)
+        for node in tuple(graph):
+            tensor = stored_tensor(node.outputs[0]) if node.op_type == "Constant" else None
+            if tensor is not None and tensor.nbytes > _SMALL_BYTES and not node.outputs[0].is_graph_output():
+                _stand_in(clone, node.outputs[0], tensor)
+                graph.remove(node, safe=True)
     return ir.to_proto(clone)
 
 
-def _declared(name: str | None, tensor: ir.TensorProtocol) -> ir.Value:
-    return ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tuple(tensor.shape.numpy())))
+def _stand_in(model: ir.Model, value: ir.Value, tensor: ir.TensorProtocol) -> None:
+    """Let everybody read an input of the main graph instead: it is seen from subgraphs, too."""
+    shape = ir.Shape(tuple(tensor.shape.numpy()))
+    replacement = ir.Value(name=value.name, type=ir.TensorType(tensor.dtype), shape=shape)
+    value.replace_all_uses_with(replacement)
+    model.graph.inputs.append(replacement)
 
 
 def _info(proto: onnx.TypeProto) -> TensorInfo:

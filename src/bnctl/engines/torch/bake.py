@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bnctl.engines.torch.layers import appends_ones
 from bnctl.engines.torch.record import ModuleCall, OpCall, Ref, Trace
 
 _KINDS = {
@@ -100,7 +101,7 @@ def _computes_weights(hook: Any) -> bool:
 
 def watched_at_entry(module: nn.Module) -> bool:
     """Whether somebody's pre-hook sees the module's input."""
-    return any(not _computes_weights(hook) for hook in module._forward_pre_hooks.values())
+    return any(not (_computes_weights(hook) or appends_ones(hook)) for hook in module._forward_pre_hooks.values())
 
 
 def build(kind: str, args: dict[str, Any], dtype: torch.dtype, device: torch.device) -> nn.Module:

@@ -5,7 +5,9 @@
 | `{"edit": "remove", "module": "bn1", "tail": [...]}` | replaces the module by what is kept of it; nothing kept: an Identity |
 | `{"edit": "bias", "module": "conv1"}` | gives a layer without bias a bias of zeros |
 | `{"edit": "bake", "module": "conv1", "layer": "Conv2d", "args": {...}, "dtype": "float32"}` | a plain layer in place of one that computes its weight |
+| `{"edit": "ones", "module": "conv1"}` | gives a convolution a further input channel of ones, and zeros in its weight |
 | `{"edit": "parameter", "module": "block", "name": "bias_0", "size": 64, "like": "weight"}` | gives a module a parameter of zeros |
+| `{"edit": "kernel", "module": "conv1", "kernel": [3, 3], "padding": [1, 1]}` | gives a convolution another kernel size, and zeros in it |
 | `{"edit": "replay", "module": "block", "program": {...}}` | lets a module run a list of steps in the place of its code |
 | `{"edit": "untie", "parameter": "conv2.weight"}` | gives a shared parameter a copy of its own |
 | `{"edit": "insert", "module": "conv1", "norm": "BatchNorm2d", "features": 64, "eps": 1e-05}` | hangs a norm below a layer |
@@ -23,7 +25,15 @@ import torch
 from torch import nn
 
 from bnctl.engines.torch.bake import build
-from bnctl.engines.torch.layers import INSERTED, LastAxisBatchNorm, Pointwise, attach_norm, detach_norm, inserted_norm
+from bnctl.engines.torch.layers import (
+    INSERTED,
+    LastAxisBatchNorm,
+    Pointwise,
+    attach_norm,
+    attach_ones,
+    detach_norm,
+    inserted_norm,
+)
 from bnctl.engines.torch.program import Program, Replay
 from bnctl.engines.torch.removal import POINTWISE, Removal
 from bnctl.errors import ModelError
@@ -44,9 +54,10 @@ def apply_edits(model: nn.Module, edits: Iterable[Mapping[str, Any]]) -> None:
     Raises:
         ModelError: an edit is not of a known kind, or names a module that the model does not have.
     """
+    tree = _Tree(model)
     for edit in edits:
         try:
-            _APPLY[edit["edit"]](model, edit)
+            _APPLY[edit["edit"]](tree, edit)
         except (KeyError, AttributeError, TypeError, ValueError) as error:
             raise ModelError(
                 f"cannot apply the edit {dict(edit)}: {error}",
@@ -63,26 +74,40 @@ def removal_edit(removal: Removal) -> Edit:
     return {"edit": "remove", "module": removal.path, "tail": tail}
 
 
-def _remove(model: nn.Module, edit: Mapping[str, Any]) -> None:
+class _Tree:
+    """A module tree, and where each module hangs: at several places, perhaps."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+        self._note(model)
+
+    def _note(self, top: nn.Module) -> None:
+        for module in top.modules():
+            for key, child in module._modules.items():
+                if child is not None:
+                    self.places.setdefault(child, []).append((module, key))
+
+    def put(self, old: nn.Module, new: nn.Module) -> None:
+        """Put a module in the place of another, wherever that hangs."""
+        new.train(old.training)
+        self._note(new)
+        for module, key in self.places.pop(old, ()):
+            module._modules[key] = new
+            self.places.setdefault(new, []).append((module, key))
+
+
+def _remove(tree: _Tree, edit: Mapping[str, Any]) -> None:
     path = edit["module"]
-    old = model.get_submodule(path)
+    old = tree.model.get_submodule(path)
     parent_path, _, name = path.rpartition(".")
-    parent = model.get_submodule(parent_path)
+    parent = tree.model.get_submodule(parent_path)
     if name == INSERTED and inserted_norm(parent) is old:
         detach_norm(parent)
         return
     steps = OrderedDict((_step_name(step, i), _kept(old, step)) for i, step in enumerate(edit.get("tail", ())))
     new: nn.Module = nn.Sequential(steps) if steps else nn.Identity()
-    _put(model, old, new)
-
-
-def _put(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put a module in the place of another, wherever that hangs."""
-    new.train(old.training)
-    for module in model.modules():
-        for key, child in module._modules.items():
-            if child is old:
-                module._modules[key] = new
+    tree.put(old, new)
 
 
 def _step_name(step: Mapping[str, Any], position: int) -> str:
@@ -97,45 +122,63 @@ def _kept(old: nn.Module, step: Mapping[str, Any]) -> nn.Module:
     return Pointwise(step["op"], tuple(step["args"]), step["kwargs"])
 
 
-def _bias(model: nn.Module, edit: Mapping[str, Any]) -> None:
-    layer = model.get_submodule(edit["module"])
+def _bias(tree: _Tree, edit: Mapping[str, Any]) -> None:
+    layer = tree.model.get_submodule(edit["module"])
     weight = layer.get_parameter("weight")
     features: Any = layer.out_channels if hasattr(layer, "out_channels") else layer.out_features
     zeros = torch.zeros(int(features), dtype=weight.dtype, device=weight.device)
     layer.register_parameter("bias", nn.Parameter(zeros, requires_grad=weight.requires_grad))
 
 
-def _untie(model: nn.Module, edit: Mapping[str, Any]) -> None:
+def _untie(tree: _Tree, edit: Mapping[str, Any]) -> None:
     path, _, name = edit["parameter"].rpartition(".")
-    owner = model.get_submodule(path)
+    owner = tree.model.get_submodule(path)
     old = owner.get_parameter(name)
     owner.register_parameter(name, nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad))
 
 
-def _insert(model: nn.Module, edit: Mapping[str, Any]) -> None:
-    layer = model.get_submodule(edit["module"])
+def _insert(tree: _Tree, edit: Mapping[str, Any]) -> None:
+    layer = tree.model.get_submodule(edit["module"])
     weight = layer.get_parameter("weight")
     norm = NORMS[edit["norm"]](int(edit["features"]), eps=float(edit["eps"]), momentum=edit.get("momentum", 0.1))
     attach_norm(layer, norm.to(device=weight.device, dtype=weight.dtype).train(layer.training))
 
 
-def _bake(model: nn.Module, edit: Mapping[str, Any]) -> None:
-    old = model.get_submodule(edit["module"])
+def _bake(tree: _Tree, edit: Mapping[str, Any]) -> None:
+    old = tree.model.get_submodule(edit["module"])
     device = next((t.device for t in (*old.parameters(), *old.buffers())), torch.device("cpu"))
     new = build(edit["layer"], edit["args"], getattr(torch, edit["dtype"]), device)
     learned = any(p.requires_grad for p in old.parameters())
-    _put(model, old, new.requires_grad_(learned))
+    tree.put(old, new.requires_grad_(learned))
 
 
-def _parameter(model: nn.Module, edit: Mapping[str, Any]) -> None:
-    owner = model.get_submodule(edit["module"])
-    like = model.get_parameter(edit["like"])
+def _parameter(tree: _Tree, edit: Mapping[str, Any]) -> None:
+    owner = tree.model.get_submodule(edit["module"])
+    like = tree.model.get_parameter(edit["like"])
     zeros = torch.zeros(int(edit["size"]), dtype=like.dtype, device=like.device)
     owner.register_parameter(edit["name"], nn.Parameter(zeros, requires_grad=like.requires_grad))
 
 
-def _replay(model: nn.Module, edit: Mapping[str, Any]) -> None:
-    module = model.get_submodule(edit["module"])
+def _kernel(tree: _Tree, edit: Mapping[str, Any]) -> None:
+    layer: Any = tree.model.get_submodule(edit["module"])
+    old = layer.get_parameter("weight")
+    layer.kernel_size, layer.padding = tuple(edit["kernel"]), tuple(edit["padding"])
+    layer._reversed_padding_repeated_twice = [n for n in reversed(layer.padding) for _ in range(2)]
+    zeros = torch.zeros(*old.shape[:2], *layer.kernel_size, dtype=old.dtype, device=old.device)
+    layer.weight = nn.Parameter(zeros, requires_grad=old.requires_grad)
+
+
+def _ones(tree: _Tree, edit: Mapping[str, Any]) -> None:
+    layer: Any = tree.model.get_submodule(edit["module"])
+    old = layer.get_parameter("weight")
+    layer.in_channels += 1
+    zeros = torch.zeros(old.shape[0], old.shape[1] + 1, *old.shape[2:], dtype=old.dtype, device=old.device)
+    layer.weight = nn.Parameter(zeros, requires_grad=old.requires_grad)
+    attach_ones(layer)
+
+
+def _replay(tree: _Tree, edit: Mapping[str, Any]) -> None:
+    module = tree.model.get_submodule(edit["module"])
     module.forward = Replay(module, Program.from_json(edit["program"]))
 
 
@@ -143,6 +186,8 @@ _APPLY = {
     "remove": _remove,
     "bias": _bias,
     "bake": _bake,
+    "kernel": _kernel,
+    "ones": _ones,
     "parameter": _parameter,
     "replay": _replay,
     "untie": _untie,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -13,11 +13,14 @@ import torch
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
+from bnctl.data.resize import other_shapes, resized
 from bnctl.engines import Captured
 from bnctl.engines.torch.calibrate import output_moments
 from bnctl.engines.torch.edits import apply_edits
 from bnctl.engines.torch.layers import inserted_norm
 from bnctl.engines.torch.lift import Lifted, lift
+from bnctl.engines.torch.merge import apply_merges, is_stock, limits
+from bnctl.engines.torch.numbers import has_numbers, reads_of_values, settle
 from bnctl.engines.torch.record import Trace, record, tensors_in
 from bnctl.engines.torch.relayer import give_layers_back
 from bnctl.engines.torch.surgery import apply_fold
@@ -26,6 +29,7 @@ from bnctl.graph.graph import Node
 from bnctl.numerics.batchnorm import identity_parameters
 from bnctl.plan.fold import FoldPlan
 from bnctl.plan.insert import InsertSite
+from bnctl.plan.merge import Merge, plan_merge
 from bnctl.runtime.tensors import as_tensors
 
 if TYPE_CHECKING:
@@ -69,6 +73,8 @@ class TorchEngine:
         with keeping_state(module), torch.random.fork_rng(devices=[]):
             try:
                 trace = record(module, args, kwargs)
+                if has_numbers(trace):
+                    _settle_numbers(trace, module, batch)
             except Exception as error:
                 raise ModelError(
                     f"{model.word} fails on the example input: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}",
@@ -82,6 +88,26 @@ class TorchEngine:
         native: _Native = captured.native
         edits = apply_fold(native.module, native.lifted, plan)
         return _edited(captured.model, native.module, edits)
+
+    def takes_ones(self, captured: Captured, node: Node) -> bool:
+        """One of torch's own convolutions."""
+        return is_stock(captured.native.module, node)
+
+    def plan_merges(self, captured: Captured, selected: Callable[[str], bool]) -> tuple[Merge, ...]:
+        """Within what can be done to a module tree."""
+        native: _Native = captured.native
+        return plan_merge(captured.graph, limits=limits(native.module, native.lifted), selected=selected)
+
+    def merge(self, captured: Captured, merges: tuple[Merge, ...]) -> Model:
+        """Merge on the copy that was captured; call it once."""
+        native: _Native = captured.native
+        edits = apply_merges(native.module, native.lifted, merges)
+        return _edited(captured.model, native.module, edits)
+
+    def shows(self, captured: Captured, values: Collection[int]) -> set[str]:
+        """Paths of the modules that return them."""
+        shown = captured.native.lifted.shown
+        return {path for value in values for path in shown.get(value, ())}
 
     def shown_as(self, captured: Captured, node: Node) -> str:
         """The module's path."""
@@ -138,17 +164,24 @@ def _computed_tensors(module: Any) -> Iterator[torch.Tensor]:
         yield from (t for t in tensors_in(tuple(attributes)) if not t.is_leaf)
 
 
-_READS_OF_VALUES = {"aten._local_scalar_dense", "aten.is_nonzero", "aten.equal", "aten.nonzero", "aten.item"}
+def _settle_numbers(trace: Trace, module: nn.Module, batch: Batch) -> None:
+    """One more pass over a small batch of other sizes, where the model takes one."""
+    size = 1 if batch.size > 1 else 2
+    for other in other_shapes(batch):
+        try:
+            again = record(module, *as_tensors(resized(other, size), module))
+        except Exception:  # made for one size
+            continue
+        settle(trace, again)
+        return
 
 
 def _notes(trace: Trace) -> Iterator[str]:
     """Says so where Python looked at values: other inputs may take another path than the example."""
-    reading = [
-        c for c in trace.ops if c.op.rpartition(".")[0] in _READS_OF_VALUES and not set(c.inputs) <= set(trace.tensors)
-    ]
-    if reading:
-        place = reading[0].within.path or "the model"
+    for call in reads_of_values(trace):
+        place = call.within.path or "the model"
         yield f"the forward of {place} reads values of tensors: only the path that the example took has been analysed"
+        return
 
 
 @contextmanager

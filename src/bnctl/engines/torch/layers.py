@@ -58,6 +58,22 @@ def attach_norm(layer: nn.Module, norm: nn.Module) -> None:
     layer.register_forward_hook(_apply_norm)
 
 
+def _append_ones(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    (x,) = args
+    spatial = module.get_parameter("weight").ndim - 2
+    return (nn.functional.pad(x, [0, 0] * spatial + [0, 1], value=1.0),)
+
+
+def attach_ones(layer: nn.Module) -> None:
+    """Let a convolution see a further channel of ones behind those of its input."""
+    layer.register_forward_pre_hook(_append_ones)
+
+
+def appends_ones(hook: Any) -> bool:
+    """Whether a pre-hook is that of :func:`attach_ones`."""
+    return hook is _append_ones
+
+
 def inserted_norm(layer: nn.Module) -> nn.Module | None:
     """The norm that :func:`attach_norm` hung below a layer, if any."""
     attached = any(hook is _apply_norm for hook in layer._forward_hooks.values())

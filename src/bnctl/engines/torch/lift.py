@@ -6,6 +6,7 @@ Operators are translated by the table in :mod:`bnctl.engines.torch.translate`; t
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,6 +40,7 @@ class Lifted:
         rooms: empty arguments of operators in such code, by the name of the parameter that would fill them.
         bakes: plain layers for those that compute their weight, by path.
         shown: the modules whose output each value is.
+        drop: how to leave an input out of a sum of two, by position; None where the code around it cannot be told.
     """
 
     graph: Graph
@@ -47,6 +49,7 @@ class Lifted:
     rooms: dict[str, Room]
     bakes: dict[str, Bake]
     shown: dict[int, tuple[str, ...]]
+    drop: Callable[[Node, int], Splice | None]
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,10 @@ class _Lifter(Operands):
                 self.arrays[item.value] = to_numpy(tensor)
             return self.arrays[item.value]
         return None
+
+    def is_data(self, item: Any) -> bool:
+        """Whether an argument is a tensor that may depend on the model's input."""
+        return isinstance(item, Ref) and item.value not in self.trace.tensors
 
     def shape(self, item: Any) -> tuple[int, ...]:
         """Sizes of a tensor argument."""
@@ -179,7 +186,7 @@ class _Lifter(Operands):
             tuple(self.trace.outputs),
             type(self.trace.root).__name__,
         )
-        return Lifted(graph, removals, self.programs, self.rooms, self.bakes, self._shown())
+        return Lifted(graph, removals, self.programs, self.rooms, self.bakes, self._shown(), self._dropped)
 
     def _node(self, call: OpCall) -> Node:
         number = self.numbers[id(call)]
@@ -238,6 +245,18 @@ class _Lifter(Operands):
         self.programs[path] = reading.program
         removals[name] = Splice(path, tuple(dict.fromkeys((*known.aliases, alias))))
         return replace(node, layer=name)
+
+    def _dropped(self, node: Node, index: int) -> Splice | None:
+        call = self.trace.ops[node.id]
+        reading = self._reading(call.within)
+        other = node.inputs[1 - index] if len(node.inputs) == 2 else None
+        if reading is None or id(call) not in reading.steps or other is None:
+            return None
+        if len(self.calls[id(call.within.module)]) != 1 or self.trace.info[other] != self.trace.info[node.outputs[0]]:
+            return None
+        path = call.within.path or ""
+        self.programs[path] = reading.program
+        return Splice(path, ((reading.numbers[node.outputs[0]], reading.numbers[other]),))
 
     def _reading(self, call: ModuleCall) -> Reading | None:
         """The code of a module as steps; None where it cannot be read, or differs from call to call."""

@@ -31,7 +31,7 @@ _SETTINGS = frozenset(
 """Operators whose numbers are settings of the layer (a stride, an axis, a slope): taken as they are."""
 
 _TENSORS_ONLY = frozenset("add sub mul div maximum minimum".split())
-"""Operators whose numbers may have been computed from the input: taken only where both operands are tensors."""
+"""Operators whose numbers may have been computed from the input: taken only where both operands are tensors, or numbers that were settled."""
 
 _ON_PARAMETERS = frozenset("reshape view expand sqrt rsqrt reciprocal pow exp square sum to _to_copy".split())
 """Operators that are also taken, with all their numbers, where they act on parameters alone."""
@@ -243,7 +243,9 @@ class _Reader:
                 return None
             number_of[id(called)] = len(steps)
             steps.append(step)
-        made = {v for c in children for v in c.outputs} | {v for c in own for v in c.outputs}
+        # What a hook of a child keeps, it will keep again; what else is kept, the module's own code keeps.
+        made = {v for c in children for v in c.outputs if not any(m._forward_hooks for m in c.module.modules())}
+        made |= {v for c in own for v in c.outputs}
         result = self._tree(self.call.result, numbers=False)
         if result is None or (made - set(self.call.outputs)) & self.trace.held or not set(_values(result)):
             return None
@@ -278,6 +280,8 @@ class _Reader:
         if isinstance(tree, Ref):
             if tree.value in self.numbers:
                 return (Ref(self.numbers[tree.value]),)
+            if tree.value in self.trace.numbers:
+                return (self.trace.numbers[tree.value],)
             names = [n for n in self.trace.parameters.get(tree.value, ()) if n.startswith(self.prefix)]
             return (Stored(names[0].removeprefix(self.prefix)),) if names else None
         if isinstance(tree, (tuple, list)):

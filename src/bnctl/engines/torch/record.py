@@ -97,6 +97,7 @@ class Trace:
         info: shape and dtype per value.
         parameters: values that are parameters or buffers, with one name per place that holds each: a module that hangs at two paths is one place.
         tensors: the tensors of values that derive from parameters alone.
+        numbers: Python's numbers among those, see :mod:`bnctl.engines.torch.numbers`.
         inputs: values of the model's inputs.
         outputs: values of the model's outputs.
         held: values of tensors that outlive the pass.
@@ -109,6 +110,7 @@ class Trace:
     info: list[TensorInfo] = field(default_factory=list)
     parameters: dict[int, tuple[str, ...]] = field(default_factory=dict)
     tensors: dict[int, Tensor] = field(default_factory=dict)
+    numbers: dict[int, int | float] = field(default_factory=dict)
     inputs: list[int] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
     held: set[int] = field(default_factory=set)
@@ -125,6 +127,7 @@ def record(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, An
     kwargs = dict(kwargs or {})
     recorder.trace.inputs = [recorder.value_of(t) for t in tensors_in((args, kwargs))]
     with (
+        young_objects_only(),
         torch.no_grad(),
         layer_by_layer(),
         torch._C._AutoDispatchBelowAutograd(),
@@ -132,8 +135,21 @@ def record(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, An
         recorder,
     ):
         result = model(*args, **kwargs)
-    recorder.finish(result)
+        recorder.finish(result)
     return recorder.trace
+
+
+@contextmanager
+def young_objects_only() -> Iterator[None]:
+    """Let garbage collection look at nothing that was there before: the pass is searched for tensors in dead cycles, not the whole process."""
+    if gc.get_freeze_count():  # somebody else's; to unfreeze would undo it
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager
@@ -302,7 +318,7 @@ class _Recorder(TorchDispatchMode):
         """Note the outputs, and what else outlives the pass."""
         self.trace.result = result
         self.trace.outputs = [self.value_of(t) for t in tensors_in(result)]
-        gc.collect()
+        gc.collect()  # only what the pass has made: see `young_objects_only`
         self.trace.held = {
             v for t, v in self.versions.items() if id(t) not in self.names and v not in self.trace.tensors
         } - set(self.trace.inputs)

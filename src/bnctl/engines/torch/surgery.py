@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -11,8 +13,9 @@ from bnctl.engines.torch.lift import Lifted, to_numpy
 from bnctl.engines.torch.program import Program
 from bnctl.engines.torch.removal import Removal, Splice
 from bnctl.graph.affine import Array
-from bnctl.graph.graph import Slot
-from bnctl.plan.fold import Edit, FoldPlan
+from bnctl.graph.graph import Node, Slot
+from bnctl.graph.ops import LinearOp
+from bnctl.plan.fold import FoldPlan
 from bnctl.plan.parameters import check_range, new_parameters
 
 
@@ -36,7 +39,9 @@ def apply_fold(model: nn.Module, lifted: Lifted, plan: FoldPlan) -> list[Structu
     edits: list[Structural] = [{"edit": "untie", "parameter": s.key} for s in plan.untied if s.key not in computed]
     edits += [bake.edit() for bake in bakes]
     edits += [
-        _room_edit(edit, lifted) for edit in plan.edits if edit.node.bias is not None and edit.node.bias.shape is None
+        room_edit(edit.node, lifted)
+        for edit in plan.edits
+        if edit.node.bias is not None and edit.node.bias.shape is None
     ]
     apply_edits(model, edits)
     for bake in bakes:
@@ -45,44 +50,56 @@ def apply_fold(model: nn.Module, lifted: Lifted, plan: FoldPlan) -> list[Structu
         bias_slot = edit.node.bias
         bias = to_numpy(model.get_parameter(bias_slot.key)) if bias_slot is not None else None
         new_weight, new_bias = new_parameters(edit, to_numpy(model.get_parameter(edit.weight.key)), bias)
-        _write(model, edit.weight, new_weight, edit.node.layer)
+        if edit.takes_ones:
+            apply_edits(model, [{"edit": "ones", "module": edit.node.layer}])
+            edits.append({"edit": "ones", "module": edit.node.layer})
+        write(model, edit.weight, new_weight, edit.node.layer)
         if bias_slot is not None:
-            _write(model, bias_slot, new_bias, edit.node.layer)
-    removals = _removals(lifted, plan)
+            write(model, bias_slot, new_bias, edit.node.layer)
+    spent = [lifted.removals[layer] for layer in dict.fromkeys(node.layer for node in plan.removed)]
+    removals = [removal_edit(removal) for removal in spent if isinstance(removal, Removal)]
+    filled = [edit.node.bias.key for edit in plan.edits if edit.node.bias is not None]
+    removals += replay_edits(lifted, filled, [splice for splice in spent if isinstance(splice, Splice)])
     apply_edits(model, removals)
     return edits + removals
 
 
-def _room_edit(edit: Edit, lifted: Lifted) -> Structural:
+def room_edit(node: Node, lifted: Lifted) -> Structural:
     """Fills the empty bias of a layer, or of an operator in a module's code."""
-    assert edit.node.bias is not None
-    path, _, name = edit.node.bias.key.rpartition(".")
-    if edit.node.bias.key not in lifted.rooms:
+    assert node.bias is not None and node.weight is not None and isinstance(node.op, LinearOp)
+    path, _, name = node.bias.key.rpartition(".")
+    if node.bias.key not in lifted.rooms:
         return {"edit": "bias", "module": path}
-    size = len(edit.absorbs[0].scale)
-    return {"edit": "parameter", "module": path, "name": name, "size": size, "like": edit.weight.key}
+    size = node.op.layout.channels(node.weight.shape or ())[1]
+    return {"edit": "parameter", "module": path, "name": name, "size": size, "like": node.weight.key}
 
 
-def _removals(lifted: Lifted, plan: FoldPlan) -> list[Structural]:
-    """Take out spent modules, and splice other affines out of the code around them."""
-    spent = [lifted.removals[layer] for layer in dict.fromkeys(node.layer for node in plan.removed)]
+def replay_edits(lifted: Lifted, filled: Iterable[str], splices: Iterable[Splice]) -> list[Structural]:
+    """What becomes of the code of modules.
+
+    Args:
+        lifted: the model.
+        filled: names of parameters that fill an empty argument in such code.
+        splices: what is taken out of it.
+    """
     programs: dict[str, Program] = {}
-    filled = {edit.node.bias.key for edit in plan.edits if edit.node.bias is not None}
-    for key in (key for key in lifted.rooms if key in filled):
-        room = lifted.rooms[key]
+    for room, key in ((lifted.rooms[key], key) for key in filled if key in lifted.rooms):
         program = programs.get(room.path, lifted.programs[room.path])
         programs[room.path] = program.filled(room.step, room.position, key.rpartition(".")[2])
     aliases: dict[str, dict[int, int]] = {}
-    for splice in spent:
-        if isinstance(splice, Splice):
-            aliases.setdefault(splice.path, {}).update(splice.aliases)
+    for splice in splices:
+        aliases.setdefault(splice.path, {}).update(splice.aliases)
     for path, values in aliases.items():
         programs[path] = programs.get(path, lifted.programs[path]).without(values)
-    edits = [removal_edit(removal) for removal in spent if isinstance(removal, Removal)]
-    return edits + [{"edit": "replay", "module": path, "program": p.to_json()} for path, p in programs.items()]
+    return [{"edit": "replay", "module": path, "program": p.to_json()} for path, p in programs.items()]
 
 
-def _write(model: nn.Module, slot: Slot, array: Array, layer: str) -> None:
+def write(model: nn.Module, slot: Slot, array: Array, layer: str) -> None:
+    """Give a stored parameter new values, cast once.
+
+    Raises:
+        OverflowInFoldError: they do not fit its dtype.
+    """
     parameter = model.get_parameter(slot.key)
     check_range(layer, array, torch.finfo(parameter.dtype).max)
     # Into fresh memory: another parameter may be a view of the old.

@@ -1,6 +1,6 @@
 """The table from torch operators to the vocabulary of the normalised graph: one small entry per operator, one file per kind."""
 
-from bnctl.engines.torch.translate import elementwise, linear, norms, shapes, windows
+from bnctl.engines.torch.translate import elementwise, linear, norms, selections, shapes, windows
 from bnctl.engines.torch.translate.table import PARAMETER_ARGUMENTS, Operands, Translated, translate
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "elementwise",
     "linear",
     "norms",
+    "selections",
     "shapes",
     "translate",
     "windows",

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bnctl.engines.torch.record import OpCall, Ref
+from bnctl.engines.torch.record import OpCall
 from bnctl.engines.torch.translate.table import (
     TABLE,
     Array,
@@ -25,11 +25,7 @@ def _affine(
 ) -> Translated | None:
     constant = operands.constant(argument(call, 1 - data))
     shape = operands.shape(argument(call, data))
-    if (
-        constant is None
-        or not isinstance(argument(call, data), Ref)
-        or operands.constant(argument(call, data)) is not None
-    ):
+    if constant is None or not operands.is_data(argument(call, data)):
         return None
     if constant.ndim > len(shape) or np.broadcast_shapes(constant.shape, shape) != shape:
         return None
@@ -37,15 +33,13 @@ def _affine(
     return Translated(ops.Affine(AffineMap.broadcast(len(shape), scale, shift)))
 
 
-def _sum(call: OpCall, operands: Operands, sign: int) -> Translated | None:
-    first, second = argument(call, 0), argument(call, 1)
-    both = (
-        isinstance(first, Ref)
-        and isinstance(second, Ref)
-        and operands.constant(first) is None
-        and operands.constant(second) is None
-    )
-    return Translated(ops.Sum(sign)) if both and call.kwargs.get("alpha", 1) == 1 else None
+def _two_values(call: OpCall, operands: Operands) -> bool:
+    return operands.is_data(argument(call, 0)) and operands.is_data(argument(call, 1))
+
+
+def _sum(call: OpCall, operands: Operands, first: int, second: int) -> Translated | None:
+    whole = _two_values(call, operands) and call.kwargs.get("alpha", 1) == 1
+    return Translated(ops.Sum((first, second))) if whole else None
 
 
 @entry_for("add.Tensor", "add.Scalar")
@@ -56,25 +50,38 @@ def _(call: OpCall, operands: Operands) -> Translated | None:
         found = _affine(call, operands, lambda c, f=factors: (np.float64(f[0]), f[1] * c), data)  # type: ignore[misc]
         if found:
             return found
-    return _sum(call, operands, 1)
+    return _sum(call, operands, 1, 1)
+
+
+def _difference(call: OpCall, operands: Operands, *, rest: int) -> Translated | None:
+    """One argument minus the one number ``rest``."""
+    if call.kwargs.get("alpha", 1) != 1:
+        return None
+    signs = (-1, 1) if rest == 0 else (1, -1)
+    return (
+        _affine(call, operands, lambda c: (np.float64(1), -c), data=1 - rest)
+        or _affine(call, operands, lambda c: (np.float64(-1), c), data=rest)
+        or _sum(call, operands, *signs)
+    )
 
 
 @entry_for("sub.Tensor", "sub.Scalar")
 def _(call: OpCall, operands: Operands) -> Translated | None:
-    if call.kwargs.get("alpha", 1) != 1:
-        return None
-    return (
-        _affine(call, operands, lambda c: (np.float64(1), -c))
-        or _affine(call, operands, lambda c: (np.float64(-1), c), data=1)
-        or _sum(call, operands, -1)
-    )
+    return _difference(call, operands, rest=1)
+
+
+@entry_for("rsub.Tensor", "rsub.Scalar")
+def _(call: OpCall, operands: Operands) -> Translated | None:
+    return _difference(call, operands, rest=0)
 
 
 @entry_for("mul.Tensor", "mul.Scalar")
 def _(call: OpCall, operands: Operands) -> Translated | None:
-    return _affine(call, operands, lambda c: (c, np.zeros_like(c))) or _affine(
-        call, operands, lambda c: (c, np.zeros_like(c)), data=1
-    )
+    for data in (0, 1):
+        found = _affine(call, operands, lambda c: (c, np.zeros_like(c)), data)
+        if found:
+            return found
+    return Translated(ops.Product()) if _two_values(call, operands) else None
 
 
 @entry_for("div.Tensor", "div.Scalar")

@@ -15,6 +15,7 @@ from bnctl.engines.torch.translate.table import (
     entry_for,
 )
 from bnctl.graph import ops
+from bnctl.graph.window import Window
 
 
 def _linear(
@@ -37,13 +38,32 @@ def _conv(call: OpCall, operands: Operands, *, padding: int, groups: int, transp
     spatial = len(operands.shape(weight)) - 2
     layout = ops.WeightLayout(groups, out_first=not transposed)
     padded = any_nonzero(argument(call, padding, 0))
+    window = None if transposed else _window(call, padding, operands.shape(weight)[2:])
     return _linear(
-        ops.Conv(layout, spatial=spatial, transposed=transposed, padded=padded),
+        ops.Conv(layout, spatial=spatial, transposed=transposed, padded=padded, window=window),
         weight,
         argument(call, 2),
         call,
         operands,
     )
+
+
+def _window(call: OpCall, padding: int, kernel: tuple[int, ...]) -> Window:
+    """``conv(x, weight, bias, stride, padding, dilation)``; "same" puts the odd zero behind."""
+    spatial = len(kernel)
+    stride, dilation = _sizes(argument(call, padding - 1, 1), spatial), _sizes(argument(call, padding + 1, 1), spatial)
+    pads = argument(call, padding, 0)
+    if pads == "same":
+        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        return Window(stride, dilation, tuple(n // 2 for n in total), tuple(n - n // 2 for n in total))
+    both = _sizes(0 if pads == "valid" else pads, spatial)
+    return Window(stride, dilation, both, both)
+
+
+def _sizes(given: Any, spatial: int) -> tuple[int, ...]:
+    """One number per axis, however it was given."""
+    numbers = list(given) if isinstance(given, (list, tuple)) else [given]
+    return tuple(numbers * spatial if len(numbers) == 1 else numbers)
 
 
 @entry_for(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
-
 from bnctl.engines.torch.record import OpCall, Ref
 from bnctl.engines.torch.translate.table import (
     Operands,
@@ -36,6 +34,7 @@ def _(call: OpCall, operands: Operands) -> Translated | None:
         "flatten.using_ints",
         "unflatten.int",
         "unsqueeze.default",
+        "ravel.default",
     ],
     *["squeeze.default", "squeeze.dim", "squeeze.dims"],
 )
@@ -69,7 +68,7 @@ def _(call: OpCall, operands: Operands) -> Translated | None:
     return Translated(ops.Permute(tuple(a % len(axes) for a in axes)))
 
 
-@entry_for("transpose.int", "swapaxes.default", "t.default")
+@entry_for("transpose.int", "swapaxes.default", "swapdims.default", "t.default")
 def _(call: OpCall, operands: Operands) -> Translated | None:
     rank = len(operands.shape(argument(call, 0)))
     if rank < 2:
@@ -80,7 +79,7 @@ def _(call: OpCall, operands: Operands) -> Translated | None:
     return Translated(ops.Permute(tuple(axes)))
 
 
-@entry_for("movedim.int")
+@entry_for("movedim.int", "moveaxis.int")
 def _(call: OpCall, operands: Operands) -> Translated | None:
     rank = len(operands.shape(argument(call, 0)))
     order = [a for a in range(rank) if a != argument(call, 1) % rank]
@@ -88,36 +87,57 @@ def _(call: OpCall, operands: Operands) -> Translated | None:
     return Translated(ops.Permute(tuple(order)))
 
 
-@entry_for("cat.default", "concat.default")
+@entry_for("movedim.intlist", "moveaxis.intlist")
 def _(call: OpCall, operands: Operands) -> Translated | None:
-    parts = argument(call, 0)
-    if any(operands.constant(part) is not None for part in parts) or len({len(operands.shape(p)) for p in parts}) != 1:
+    rank = len(operands.shape(argument(call, 0)))
+    source, target = ([a % rank for a in argument(call, i)] for i in (1, 2))
+    rest = iter(a for a in range(rank) if a not in source)
+    return Translated(ops.Permute(tuple(source[target.index(a)] if a in target else next(rest) for a in range(rank))))
+
+
+@entry_for("pixel_shuffle.default")
+def _(call: OpCall, operands: Operands) -> Translated | None:
+    return Translated(_pixel_shuffle(operands.shape(argument(call, 0)), argument(call, 1)))
+
+
+@entry_for("pixel_unshuffle.default")
+def _(call: OpCall, operands: Operands) -> Translated | None:
+    return Translated(_pixel_shuffle(operands.shape(Ref(call.outputs[0])), argument(call, 1)).inverse)
+
+
+def _pixel_shuffle(shape: tuple[int, ...], block: int) -> ops.Rearrange:
+    return ops.Rearrange.depth_to_space(shape, block, depth_first=False)
+
+
+@entry_for("channel_shuffle.default", "native_channel_shuffle.default")
+def _(call: OpCall, operands: Operands) -> Translated | None:
+    samples, channels, *space = operands.shape(argument(call, 0))
+    groups, rank = argument(call, 1), len(space)
+    split = ((samples,), (groups, channels // groups), *((n,) for n in space))
+    return Translated(ops.Rearrange(split, (0, 2, 1, *range(3, 3 + rank)), (1, 2, *[1] * rank)))
+
+
+def _concat(call: OpCall, operands: Operands, axis: int, *, stacked: bool = False) -> Translated | None:
+    given = argument(call, 0)
+    parts = tuple(None if operands.is_data(part) else operands.constant(part) for part in given)
+    ranks = {len(operands.shape(part)) for part in given}
+    if len(ranks) != 1:  # cat takes an empty tensor of one axis with any other
         return None
-    return Translated(ops.Concat(argument(call, 1, 0, "dim")))
+    if any(part is None and not operands.is_data(item) for part, item in zip(parts, given, strict=True)):
+        return None
+    return Translated(ops.Concat(axis % (ranks.pop() + stacked), parts, stacked))
 
 
-@entry_for("chunk.default", "split.Tensor", "split_with_sizes.default", "split.sizes")
+@entry_for("cat.default", "concat.default", "concatenate.default")
 def _(call: OpCall, operands: Operands) -> Translated | None:
-    axis = argument(call, 2, 0, "dim")
-    sizes = [operands.shape(Ref(v))[axis] for v in call.outputs]
-    return Translated(ops.Slice(axis, tuple(accumulate([0, *sizes[:-1]]))))
+    return _concat(call, operands, argument(call, 1, 0, "dim"))
 
 
-@entry_for("slice.Tensor")
+@entry_for("hstack.default")
 def _(call: OpCall, operands: Operands) -> Translated | None:
-    axis, start = argument(call, 1, 0), argument(call, 2) or 0
-    size = operands.shape(argument(call, 0))[axis]
-    return (
-        Translated(ops.Slice(axis, (max(start + size, 0) if start < 0 else min(start, size),)))
-        if argument(call, 4, 1) == 1
-        else None
-    )
+    return _concat(call, operands, 0 if len(operands.shape(argument(call, 0)[0])) == 1 else 1)
 
 
-@entry_for("narrow.default")
+@entry_for("stack.default")
 def _(call: OpCall, operands: Operands) -> Translated | None:
-    return (
-        Translated(ops.Slice(argument(call, 1), (argument(call, 2),)))
-        if isinstance(argument(call, 2), int) and argument(call, 2) >= 0
-        else None
-    )
+    return _concat(call, operands, argument(call, 1, 0, "dim"), stacked=True)

@@ -25,6 +25,9 @@ class Operands(Protocol):
     def constant(self, item: Any) -> Array | None:
         """The value of an argument that does not depend on the model's input."""
 
+    def is_data(self, item: Any) -> bool:
+        """Whether an argument is a tensor that may depend on the model's input."""
+
     def shape(self, item: Any) -> tuple[int, ...]:
         """Sizes of a tensor argument."""
 

@@ -1,0 +1,85 @@
+"""Carry out merges on a module tree, in place: one convolution takes its parallel branches in, and they leave the code around them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from bnctl.engines.torch.edits import Edit, apply_edits
+from bnctl.engines.torch.lift import Lifted, to_numpy
+from bnctl.engines.torch.surgery import replay_edits, room_edit, write
+from bnctl.graph.affine import Array
+from bnctl.graph.graph import Node, Slot
+from bnctl.graph.ops import Conv
+from bnctl.graph.window import Window
+from bnctl.plan.merge import Limits, Merge, merged_parameters
+
+_STOCK = (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+
+
+def limits(model: nn.Module, lifted: Lifted) -> Limits:
+    """What can be done to this model.
+
+    Kernels grow in torch's own convolutions, with as many zeros before as behind; an operand of a sum is left out where the code around it can be replayed.
+    """
+
+    def resizable(node: Node, window: Window) -> bool:
+        return is_stock(model, node) and window.before == window.after
+
+    def droppable(node: Node) -> bool:
+        return lifted.drop(node, 0) is not None and lifted.drop(node, 1) is not None
+
+    return Limits(resizable, droppable)
+
+
+def is_stock(model: nn.Module, node: Node) -> bool:
+    """Whether a node is one of torch's own convolution layers, which reads its own weight and pads with zeros."""
+    if not isinstance(node.op, Conv) or node.obstacle is not None:
+        return False
+    layer: Any = model.get_submodule(node.layer)
+    own = node.weight is not None and node.weight.key == f"{node.layer}.weight"
+    return own and type(layer).forward in _STOCK and layer.padding_mode == "zeros"
+
+
+def apply_merges(model: nn.Module, lifted: Lifted, merges: tuple[Merge, ...]) -> list[Edit]:
+    """Write the merged parameters and drop what was merged.
+
+    Returns:
+        The structural edits, for a bundle.
+
+    Raises:
+        OverflowInFoldError: a merged parameter does not fit its dtype. The model is then half edited: drop it.
+    """
+
+    def stored(slot: Slot | None) -> Array | None:
+        if slot is None or slot.shape is None:
+            return None
+        path, _, name = slot.key.rpartition(".")
+        bake = lifted.bakes.get(path)
+        return to_numpy(model.get_parameter(slot.key) if bake is None else getattr(bake, name))
+
+    def read(node: Node) -> tuple[Array, Array | None]:
+        weight = stored(node.weight)
+        assert weight is not None
+        return weight, stored(node.bias)
+
+    parameters = [merged_parameters(merge, read) for merge in merges]
+    edits: list[Edit] = []
+    for merge in merges:
+        bake = lifted.bakes.get(merge.into.layer)
+        edits += [bake.edit()] if bake is not None else []
+        if merge.into.bias is not None and merge.into.bias.shape is None:
+            edits.append(room_edit(merge.into, lifted))
+        if merge.grows and merge.window is not None:
+            kernel, padding = list(merge.kernel), list(merge.window.before)
+            edits.append({"edit": "kernel", "module": merge.into.layer, "kernel": kernel, "padding": padding})
+    filled = [merge.into.bias.key for merge in merges if merge.into.bias is not None]
+    dropped = [lifted.drop(*term.reader) for merge in merges for term in merge.terms]
+    edits += replay_edits(lifted, filled, [splice for splice in dropped if splice is not None])
+    apply_edits(model, edits)
+    for merge, arrays in zip(merges, parameters, strict=True):
+        for slot, array in zip((merge.into.weight, merge.into.bias), arrays, strict=True):
+            assert slot is not None
+            write(model, slot, array, merge.into.layer)
+    return edits
