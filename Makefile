@@ -23,9 +23,11 @@ format: .venv/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Slow: real architectures of torchvision and timm, and ONNX files within reach; prints a table.
+# Slow: bnctl and its peers on real architectures; goes on where it stopped (zoo-results/), then writes docs/zoo.md.
+# ZOO='--tool bnctl --onnx FOLDER --python aimet=PATH' and so on: see benchmarks/zoo.py.
 zoo: .venv/dev
-	$(BIN)/python benchmarks/zoo.py
+	$(BIN)/python benchmarks/zoo.py $(ZOO)
+	$(BIN)/python benchmarks/zoo.py --write docs/zoo.md
 
 # Slow: cost of capture, fold and verification, measured.
 bench: .venv/dev

@@ -1,87 +1,139 @@
-"""Fold real architectures: what is found, what is folded, what is left and why, how large the error is, how long it takes.
+"""Fold real architectures with bnctl and with its peers: what is folded, what is left and why, how large the error is, how long it takes.
 
-    python benchmarks/zoo.py [NAME ...]
+    python benchmarks/zoo.py                                    what is missing in zoo-results/, with the tools that are at hand
+    python benchmarks/zoo.py --only 'timm:resnet*' --tool bnctl
+    python benchmarks/zoo.py --python aimet=PATH --onnx FOLDER  a peer in an environment of its own; more ONNX files
+    python benchmarks/zoo.py --write docs/zoo.md                the page, from the results
 
-Weights are random, statistics and affine parameters are drawn at random (negative scales too), inputs are 2x3x224x224.
-The error is the largest over all outputs relative to the output's root mean square, float32 against float32, on two batch sizes.
+A result is a JSON line in zoo-results/TOOL.jsonl. What is there is not measured again: delete a file, or lines of it, to do so.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
+import subprocess
 import sys
 import time
-from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
 from pathlib import Path
+from queue import Empty, Queue
+from threading import Lock
 from typing import Any
 
-import onnx
-import torch
+from zoo_tools import ONNX, PEERS, TORCH
 
-import bnctl
-from bnctl.models.importing import import_module
-
-TORCH = {
-    "torchvision.models:resnet18": {},
-    "torchvision.models:resnet50": {},
-    "torchvision.models:mobilenet_v2": {},
-    "torchvision.models:densenet121": {},
-    "timm:efficientnet_b0": {},
-    "timm:levit_128s": {},
-    "timm:repvgg_a0": {},
-    "timm:mobileone_s0": {},
-    "timm:resnetv2_50x1_bit": {},
-    "timm:regnety_002": {},
-}
-ONNX = ("light_resnet50", "light_densenet121", "light_inception_v2", "light_shufflenet", "light_squeezenet")
+HERE = Path(__file__).parent
 
 
-def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Statistics and affine parameters that a trained network could have."""
-    generator = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        if getattr(module, "running_mean", None) is not None:
-            module.running_mean.normal_(0, 0.2, generator=generator)
-            module.running_var.uniform_(0.5, 2.0, generator=generator)
-            if module.weight is not None:
-                with torch.no_grad():
-                    module.weight.uniform_(-0.3, 1.5, generator=generator)
-                    module.bias.normal_(0, 0.2, generator=generator)
-    return model.eval()
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", default="*", metavar="GLOB", help="models, by name")
+    parser.add_argument("--tool", action="append", choices=sorted({*TORCH, *ONNX}), help="tools; all by default")
+    parser.add_argument("--python", action="append", default=[], metavar="TOOL=PATH", help="the Python that has a tool")
+    parser.add_argument("--onnx", type=Path, metavar="FOLDER", help="more ONNX files")
+    parser.add_argument("--results", type=Path, default=Path("zoo-results"), metavar="FOLDER")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--seconds", type=int, default=300, help="time limit for a model")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="measure nothing: write the page")
+    return parser.parse_args()
 
 
-def build(word: str, arguments: dict[str, Any]) -> torch.nn.Module:
-    """A model with random weights, no download."""
-    torch.manual_seed(0)
-    import_module("torchvision")
-    package, _, name = word.partition(":")
-    if package == "timm":
-        return import_module("timm").create_model(name, pretrained=False, **arguments)
-    return getattr(import_module(package), name)(weights=None, **arguments)
+def models(folder: Path | None) -> list[str]:
+    """Architectures by rule (zoo_choose.py), and the ONNX files within reach."""
+    from zoo_onnx import files
+
+    return [*(HERE / "zoo_models.txt").read_text(encoding="utf-8").split(), *(str(p) for p in files(folder))]
 
 
-def row(name: str, model: Any, inputs: Any) -> str:
-    """One line of the table."""
-    started = time.perf_counter()
-    report = bnctl.fold(model, inputs).report
-    elapsed = time.perf_counter() - started
-    left = Counter(site.code for site in report.sites if site.action == "left")
-    codes = ", ".join(f"{code} {n}" for code, n in sorted(left.items())) or "-"
-    error = "-" if report.verification is None else f"{report.verification['max_rel_error']:.1e}"
-    s = report.summary
-    return f"| {name} | {s['found']} | {s['folded']} | {codes} | {error} | {elapsed:.2f} |"
+def measured(file: Path) -> set[str]:
+    """Models that a results file has."""
+    if not file.exists():
+        return set()
+    return {json.loads(line)["model"] for line in file.read_text(encoding="utf-8").splitlines()}
 
 
-def main(wanted: list[str]) -> None:
-    print("| model | affines found | folded | left by code | largest relative error | seconds |")
-    print("|---|---|---|---|---|---|")
-    folder = Path(onnx.__file__).parent / "backend/test/data/light"
-    for word, arguments in TORCH.items():
-        if not wanted or any(w in word for w in wanted):
-            print(row(word, randomise(build(word, arguments)), torch.randn(2, 3, 224, 224)), flush=True)
-    for name in ONNX:
-        if not wanted or any(w in name for w in wanted):
-            print(row(f"{name}.onnx", str(folder / f"{name}.onnx"), None), flush=True)
+def available(tool: str, python: str) -> bool:
+    """Whether that Python can import the tool."""
+    package = PEERS.get(tool)
+    find = f"import importlib.util as u, sys; sys.exit(u.find_spec({package!r}) is None)"
+    return package is None or subprocess.run([python, "-c", find], check=False).returncode == 0
+
+
+def run(tool: str, python: str, words: list[str], file: Path, jobs: int, seconds: int) -> None:
+    """Measure, and append the rows as they come."""
+    todo: Queue[str] = Queue()
+    for word in words:
+        todo.put(word)
+    lock = Lock()
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(HERE.parent / "src")]).strip(os.pathsep),
+        "OMP_NUM_THREADS": "1",
+    }
+
+    def work(_: int) -> None:
+        command = [python, str(HERE / "zoo_worker.py"), tool, str(seconds)]
+        with subprocess.Popen(
+            command,
+            env=environment,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        ) as worker:
+            assert worker.stdin is not None and worker.stdout is not None
+            while True:
+                try:
+                    word = todo.get_nowait()
+                except Empty:
+                    break
+                started = time.perf_counter()
+                worker.stdin.write(f"{word}\n")
+                worker.stdin.flush()
+                line = worker.stdout.readline()
+                if not line:
+                    sys.exit(f"the worker for {tool} ended at {word}: run {' '.join(command)} by hand")
+                with lock:
+                    with file.open("a", encoding="utf-8") as stream:
+                        stream.write(line)
+                    print(told(json.loads(line), time.perf_counter() - started), flush=True)
+            worker.stdin.close()
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(work, range(min(jobs, len(words)))))
+
+
+def told(row: dict[str, Any], seconds: float) -> str:
+    """One line for the terminal."""
+    what = row.get("crash")
+    if what is None:
+        what = f"{row['executed'] - row['remaining']}/{row['executed']} folded, error {row['error']:.1e}"
+    return f"{row['tool']:14} {row['model'].rpartition('/')[2]:45} {what} ({seconds:.0f} s)"
+
+
+def main() -> None:
+    options = parse()
+    options.results.mkdir(parents=True, exist_ok=True)
+    if options.write:
+        from zoo_report import page
+
+        options.write.write_text(page(options.results), encoding="utf-8")
+        return
+    pythons = dict(word.split("=", 1) for word in options.python)
+    words = [w for w in models(options.onnx) if fnmatch(w, options.only)]
+    for tool in options.tool or dict.fromkeys((*TORCH, *ONNX)):
+        python = pythons.get(tool, sys.executable)
+        if not available(tool, python):
+            print(f"{tool:14} skipped: not installed (--python {tool}=PATH names the Python that has it)")
+            continue
+        file = options.results / f"{tool}.jsonl"
+        done = measured(file)
+        mine = [w for w in words if w not in done and tool in (ONNX if w.endswith(".onnx") else TORCH)]
+        run(tool, python, mine, file, options.jobs, options.seconds)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

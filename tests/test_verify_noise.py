@@ -56,3 +56,53 @@ def test_a_well_scaled_output_is_not_given_the_allowance(batch: Batch) -> None:
     with torch.no_grad():
         off.weight *= 1.001
     assert not compare_runners(TorchRunner(linear), TorchRunner(off), [batch]).passed
+
+
+class Magnified(nn.Module):
+    """Small differences of large numbers: float32 keeps three digits of them."""
+
+    def __init__(self, factor: float = 1.0) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8, bias=False)
+        self.last = nn.Linear(8, 8, bias=False)
+        nn.init.eye_(self.first.weight)
+        nn.init.constant_(self.last.weight, 1.0)
+        self.offset = nn.Parameter(torch.tensor(3e3))
+        with torch.no_grad():
+            self.last.weight += torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
+            self.last.weight -= self.last.weight.mean(1, keepdim=True)
+            self.last.weight *= factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.first(x * 1e-3) + self.offset)
+
+
+def test_an_error_that_float32_makes_itself_passes(batch: Batch) -> None:
+    """Units in the last place of the input say nothing here: the rounding comes in behind it."""
+    net = Magnified()
+    runner = TorchRunner(net)
+    values = runner.run(batch)
+    reference = runner.in_float64()
+    assert reference is not None
+    own = float(np.abs(values["out"] - reference.run(batch)["out"]).max())
+    noise = rounding_noise(runner, batch, values)["out"]
+    assert noise >= own > 0
+    assert next(net.parameters()).dtype == torch.float32, "the model itself stays as it is"
+
+
+def test_layers_are_given_the_same_allowance(batch: Batch) -> None:
+    from bnctl.verification import Verification, compare_layers
+
+    passed = Verification(1, 1e-9, True, None)
+    baseline, rounded, wrong = (TorchRunner(Magnified(f)) for f in (1.0, 1 + 2.0**-21, 1.5))
+    assert compare_layers(baseline, rounded, batch, ["last"], passed).passed
+    assert not compare_layers(baseline, wrong, batch, ["last"], passed).passed
+
+
+def test_a_model_that_asks_for_float32_has_no_float64_reference(batch: Batch) -> None:
+    class Stubborn(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.to(torch.float32))
+
+    runner = TorchRunner(Stubborn(8, 8))
+    assert rounding_noise(runner, batch, runner.run(batch))["out"] > 0

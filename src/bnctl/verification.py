@@ -7,8 +7,9 @@ baseline whose outputs are all zero, NaN or empty.
 Some functions magnify rounding: a sigmoid that is saturated nearly everywhere has a tiny scale and a fixed resolution, a
 long softmax decoder moves by 3e-4 when its input moves by one unit in the last place. An output beyond the tolerance is
 therefore measured against the baseline's own rounding noise: how far the output moves when every input is changed by a few
-units in the last place. An error within :data:`NOISE_FACTOR` times that noise cannot be told from rounding. Where that would
-excuse more than :data:`DROWNED` of an output's scale, the output proves nothing, and the layers before it must agree instead.
+units in the last place, and how far it is from what the baseline gives in float64. An error within :data:`NOISE_FACTOR`
+times that noise cannot be told from rounding. Where that would excuse more than :data:`DROWNED` of an output's scale, the
+output proves nothing, and the layers before it must agree instead.
 """
 
 from __future__ import annotations
@@ -180,7 +181,7 @@ class _Progress:
             whole = a.dtype.kind in "iub"
             error = compare(a, b)
             equal, noise, drowned = error.within(0.0 if whole else self.limit), None, False
-            if not equal and not whole and error.mismatch is None:
+            if not equal and (a.shape != b.shape or (not whole and error.mismatch is None)):
                 noise = noise_of()[name]
                 equal = error.max_abs <= NOISE_FACTOR * noise
                 drowned = required and equal and error.max_rel > DROWNED
@@ -302,15 +303,18 @@ def compare_layers(
     except ModelError:  # made for one batch size
         return verification
     limit = LAYER_FACTOR * verification.tolerance
-    checked, worst = 0, 0.0
-    for name in (n for n in before if n in after):
-        error = compare(before[name], after[name])
-        if not error.within(limit):
+    errors = {name: compare(before[name], after[name]) for name in before if name in after}
+    beyond = {name: before[name] for name, error in errors.items() if not error.within(limit)}
+    noise = rounding_noise(baseline, batch, beyond, layers=True) if beyond else {}
+    for name in beyond:
+        error = errors[name]
+        if error.mismatch is not None or error.max_abs > NOISE_FACTOR * noise[name]:
             first = Divergence(name, error.max_abs, error.max_rel, error.mismatch)
             detail = error.mismatch or f"relative error {error.max_rel:.3g}, tolerance {limit:.3g}"
             return replace(verification, passed=False, reason=f"layer {name} differs: {detail}", first_difference=first)
-        checked, worst = checked + error.informative, max(worst, error.max_rel)
-    return replace(verification, layers=checked, max_layer_error=worst)
+    telling = [error for error in errors.values() if error.informative]
+    worst = max((error.max_rel for error in errors.values()), default=0.0)
+    return replace(verification, layers=len(telling), max_layer_error=worst)
 
 
 _NO_EVIDENCE = "every output of the baseline is zero, NaN, infinite, empty, or drowned in rounding: agreement proves nothing; use other inputs"
@@ -344,8 +348,8 @@ def _noise_note(progress: _Progress) -> str | None:
     if not noisy:
         return None
     return (
-        f"output {', '.join(noisy)}: the error is beyond the tolerance, but no larger than what the baseline itself does when its "
-        f"inputs are changed by {NOISE_ULPS} units in the last place"
+        f"output {', '.join(noisy)}: the error is beyond the tolerance, but no larger than the baseline's own rounding: what it does when its "
+        f"inputs are changed by {NOISE_ULPS} units in the last place, or against float64"
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import os
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from bnctl.data.batches import Batch
     from bnctl.models.model import Model
 
+
+MOST_THREADS = 8
+"""Of ONNX Runtime in a comparison; more do not pay for small batches."""
 
 Varied = Literal["values", "batch size", "shape"]
 
@@ -42,16 +46,22 @@ def check_equivalence(
         tolerance: largest relative error that counts as equal; by default it follows from the dtype.
         device: "cpu" or "cuda".
     """
-    small = resized(example, min(example.size, 2)) if example.size and "batch size" in vary else example
-    others = [
-        *(other_batch_sizes(example) if "batch size" in vary else ()),
-        *(other_values(small) if "values" in vary else ()),
-        *(other_shapes(small) if "shape" in vary else ()),
-    ]
+    others = list(_variations(example, vary))
+    threads = min(os.cpu_count() or 1, MOST_THREADS)
     with keeping(before), keeping(after):
-        baseline, candidate = open_runner(before, device=device), open_runner(after, device=device)
+        baseline, candidate = (open_runner(model, threads=threads, device=device) for model in (before, after))
         verification = compare_runners(baseline, candidate, [example], where_taken=others, tolerance=tolerance)
         return compare_layers(baseline, candidate, resized(example, 1), layers, verification)
+
+
+def _variations(example: Batch, vary: Collection[Varied]) -> Iterator[Batch]:
+    """The example in other forms. Other sizes and other values share their runs: a fault in either shows."""
+    sizes = other_batch_sizes(example) if "batch size" in vary else []
+    small = resized(example, min(example.size, 2)) if example.size and "batch size" in vary else example
+    for number, batch in enumerate([*reversed(sizes), small, small][: max(len(sizes), 2)]):
+        yield other_values(batch)[number] if "values" in vary else batch
+    if "shape" in vary:
+        yield from other_shapes(small)
 
 
 def keeping(model: Model) -> AbstractContextManager[None]:

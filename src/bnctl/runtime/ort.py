@@ -88,6 +88,9 @@ class OrtRunner:
         wanted = exposed.parents.keys() if names is None else names
         return {name: v for name, v in values.items() if v is not None and name in wanted}
 
+    def in_float64(self) -> None:
+        """ONNX Runtime has no float64 kernels for many operators, Conv among them."""
+
     def trace(self, batch: Batch) -> Trace:
         """Like :meth:`layers`, with what each value was computed from."""
         exposed = onnx_source.expose(self._source)

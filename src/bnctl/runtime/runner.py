@@ -56,6 +56,10 @@ class Runner(Protocol):
         """
         ...
 
+    def in_float64(self) -> Runner | None:
+        """The same model with float64 parameters and inputs; None where the runtime cannot."""
+        ...
+
     def prepared(self, batch: Batch) -> AbstractContextManager[Callable[[], object]]:
         """A call without arguments that runs the model and nothing else: inputs are converted beforehand, for timing.
 

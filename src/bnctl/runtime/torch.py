@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -100,6 +101,13 @@ class TorchRunner:
         sources = recorder.sources(value for _, value in named_values(output))
         return Trace(recorder.values, recorder.parents, tuple(sources))
 
+    def in_float64(self) -> TorchRunner | None:
+        """A copy of the module in float64; None where it cannot be copied."""
+        try:
+            return _Float64Runner(copy.deepcopy(self._module).double(), device=str(self._device))
+        except Exception:  # modules may hold what cannot be copied
+            return None
+
     @contextmanager
     def prepared(self, batch: Batch) -> Iterator[Callable[[], object]]:
         """A call that runs the module on tensors made beforehand, and on a GPU waits for the result."""
@@ -123,6 +131,17 @@ class TorchRunner:
     @property
     def _name(self) -> str:
         return type(self._module).__name__
+
+
+class _Float64Runner(TorchRunner):
+    @contextmanager
+    def prepared(self, batch: Batch) -> Iterator[Callable[[], object]]:
+        def widen(value: Any) -> Any:
+            return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+        args, kwargs = pytree.tree_map(widen, (tuple(batch.args), dict(batch.kwargs)))
+        with super().prepared(dataclasses.replace(batch, args=args, kwargs=kwargs)) as call:
+            yield call
 
 
 @contextmanager

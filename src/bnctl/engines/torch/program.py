@@ -13,11 +13,11 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import cache, reduce
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bnctl.engines.torch.record import ALIASED_WRITE, ModuleCall, OpCall, Ref, Trace, tensors_in
 
@@ -180,9 +180,13 @@ class Replay:
             raise TypeError(f"{type(self.owner).__name__} was folded for calls with {self.program.inputs} tensors")
         values: dict[int, Any] = dict(enumerate(args))
         for step in self.program.steps:
-            called = self.owner.get_submodule(step.name) if step.child else _operator(step.name)
-            result = called(*self._given(step.args, values), **{k: self._given(v, values) for k, v in step.kwargs})
-            values.update(zip(step.outputs, tensors_in(result), strict=True))
+            called = _child(self.owner, step.name) if step.child else _operator(step.name)
+            given = [values[a.value] if type(a) is Ref else self._given(a, values) for a in step.args]
+            result = called(*given, **{k: self._given(v, values) for k, v in step.kwargs})
+            if isinstance(result, Tensor):
+                values[step.outputs[0]] = result
+            else:
+                values.update(zip(step.outputs, tensors_in(result), strict=True))
         return self._given(self.program.result, values)
 
     def _given(self, tree: Any, values: Mapping[int, Any]) -> Any:
@@ -350,6 +354,14 @@ def _base(op: str) -> str:
     return name.removesuffix("_") if not name.endswith("__") else name
 
 
+def _child(owner: nn.Module, path: str) -> Any:
+    module: Any = owner
+    for name in path.split("."):
+        module = module._modules[name]
+    return module
+
+
+@cache
 def _operator(name: str) -> Any:
     namespace, base, overload = name.split(".")
     return getattr(getattr(getattr(torch.ops, namespace), base), overload)
