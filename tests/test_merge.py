@@ -201,6 +201,66 @@ def test_bundle_of_a_merged_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert error(outputs(back, x), outputs(pickle.loads(pickle.dumps(back)), x)) == 0
 
 
+class Branches(nn.Module):
+    """Any number of convolutions side by side, some with a norm, some subtracted, perhaps with the value itself and a norm behind the sum."""
+
+    def __init__(
+        self, kinds: list[tuple[tuple[int, int], int, bool, bool]], groups: int, skip: bool, norm: bool
+    ) -> None:
+        super().__init__()
+        self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
+        self.signs = [-1 if minus else 1 for _, _, _, minus in kinds]
+        for kernel, dilation, bn, _ in kinds:
+            padding = tuple(dilation * (k - 1) // 2 for k in kernel)
+            conv = Conv(4, 4, kernel, padding=padding, dilation=dilation, groups=groups, bias=not bn)
+            self.convs.append(conv)
+            self.norms.append(BN(4) if bn else nn.Identity())
+        self.skip, self.bn = skip, BN(4) if norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norms[0](self.convs[0](x))
+        for sign, conv, norm in zip(self.signs[1:], self.convs[1:], self.norms[1:], strict=True):
+            y = y + norm(conv(x)) if sign > 0 else y - norm(conv(x))
+        return self.bn(y + x if self.skip else y).relu()  # type: ignore[no-any-return]
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([(1, 1), (3, 3), (1, 3), (5, 1), (5, 5)]), st.just(1), st.booleans(), st.booleans()),
+        min_size=1,
+        max_size=4,
+    ),
+    st.sampled_from([1, 2, 4]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_random_branches_become_one(kinds: Any, groups: int, skip: bool, norm: bool) -> None:
+    torch.manual_seed(len(kinds))
+    model = randomise(Branches(kinds, groups, skip, norm)).double()
+    x = torch.randn(2, 4, 7, 7, dtype=torch.float64)
+    folded = bnctl.fold(model, x, merge_branches=True, verify=False).model
+    assert operators(folded, x) == ["conv2d", "relu"]
+    for other in (x, torch.randn(1, 4, 9, 5, dtype=torch.float64)):
+        assert error(outputs(model, other), outputs(folded, other)) < 1e-10
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([(1, 1), (3, 3), (5, 1)]), st.sampled_from([1, 2]), st.booleans(), st.booleans()),
+        min_size=2,
+        max_size=4,
+    )
+)
+def test_random_branches_that_do_not_all_fit_keep_the_function(kinds: Any) -> None:
+    torch.manual_seed(len(kinds))
+    model = randomise(Branches(kinds, 1, True, True)).double()
+    x = torch.randn(2, 4, 9, 9, dtype=torch.float64)
+    folded = bnctl.fold(model, x, merge_branches=True, verify=False).model
+    assert error(outputs(model, x[:1]), outputs(folded, x[:1])) < 1e-10
+
+
 # The authors' own
 
 

@@ -190,10 +190,10 @@ def networks(
     return model, *(torch.randn(n, CHANNELS, *[4] * (rank - 2), dtype=torch.float64) for n in (2, 5))  # type: ignore[return-value]
 
 
-def assert_kept(model: nn.Module, *batches: Tensor) -> None:
+def assert_kept(model: nn.Module, *batches: Tensor, **options: bool) -> None:
     """The folded model computes in float64 what the original does, on both batches, and the original is as it was."""
     before = [outputs(model, x) for x in batches]
-    folded = bnctl.fold(model, batches[0], verify=False).model
+    folded = bnctl.fold(model, batches[0], verify=False, **options).model
     for reference, x in zip(before, batches, strict=True):
         assert error(reference, outputs(folded, x)) < 1e-9
         assert error(reference, outputs(model, x)) == 0
@@ -203,6 +203,12 @@ def assert_kept(model: nn.Module, *batches: Tensor) -> None:
 @given(networks())
 def test_fold_keeps_the_function(drawn: tuple[nn.Module, Tensor, Tensor]) -> None:
     assert_kept(*drawn)
+
+
+@settings(SETTINGS, max_examples=30)
+@given(networks())
+def test_every_option_keeps_the_function(drawn: tuple[nn.Module, Tensor, Tensor]) -> None:
+    assert_kept(*drawn, merge_branches=True, pad_exact=True)
 
 
 @SETTINGS

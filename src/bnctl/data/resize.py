@@ -53,12 +53,12 @@ def _sizes(batch: Batch) -> list[tuple[int, ...]]:
 
 
 def _longer(value: Any, axes: tuple[int, ...]) -> Any:
-    """Repeat from the start along some axes, to 32 more: what was a multiple of 32 stays one."""
+    """Repeat from the start along some axes, to 32 or 64 more: what was a multiple of 32 stays one, and what was square does not."""
     if value.ndim < 3 or (axes == (1,) and value.ndim != 3):
         return value
     for axis in (a for a in axes if a < value.ndim):
         size = value.shape[axis]
-        index = [i % size for i in range(size + 32)]
+        index = [i % size for i in range(size + (64 if axis % 2 else 32))]
         value = value[(slice(None),) * axis + (index,)]
     return value
 

@@ -64,6 +64,7 @@ def _write(merge: Merge, lifted: Lifted, editor: Editor) -> None:
         attributes = editor.twin(place.node).attributes
         attributes.pop("auto_pad", None)
         attributes["kernel_shape"] = ir.AttrInt64s("kernel_shape", merge.kernel)
+        attributes["dilations"] = ir.AttrInt64s("dilations", merge.window.dilation)
         attributes["pads"] = ir.AttrInt64s("pads", (*merge.window.before, *merge.window.after))
 
 

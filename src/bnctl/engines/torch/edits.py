@@ -7,7 +7,7 @@
 | `{"edit": "bake", "module": "conv1", "layer": "Conv2d", "args": {...}, "dtype": "float32"}` | a plain layer in place of one that computes its weight |
 | `{"edit": "ones", "module": "conv1"}` | gives a convolution a further input channel of ones, and zeros in its weight |
 | `{"edit": "parameter", "module": "block", "name": "bias_0", "size": 64, "like": "weight"}` | gives a module a parameter of zeros |
-| `{"edit": "kernel", "module": "conv1", "kernel": [3, 3], "padding": [1, 1]}` | gives a convolution another kernel size, and zeros in it |
+| `{"edit": "kernel", "module": "conv1", "kernel": [3, 3], "padding": [1, 1], "dilation": [1, 1]}` | gives a convolution another kernel size, and zeros in it |
 | `{"edit": "replay", "module": "block", "program": {...}}` | lets a module run a list of steps in the place of its code |
 | `{"edit": "untie", "parameter": "conv2.weight"}` | gives a shared parameter a copy of its own |
 | `{"edit": "insert", "module": "conv1", "norm": "BatchNorm2d", "features": 64, "eps": 1e-05}` | hangs a norm below a layer |
@@ -163,6 +163,7 @@ def _kernel(tree: _Tree, edit: Mapping[str, Any]) -> None:
     layer: Any = tree.model.get_submodule(edit["module"])
     old = layer.get_parameter("weight")
     layer.kernel_size, layer.padding = tuple(edit["kernel"]), tuple(edit["padding"])
+    layer.dilation = tuple(edit["dilation"])  # a kernel of size one may have had any
     layer._reversed_padding_repeated_twice = [n for n in reversed(layer.padding) for _ in range(2)]
     zeros = torch.zeros(*old.shape[:2], *layer.kernel_size, dtype=old.dtype, device=old.device)
     layer.weight = nn.Parameter(zeros, requires_grad=old.requires_grad)

@@ -72,8 +72,8 @@ def apply_merges(model: nn.Module, lifted: Lifted, merges: tuple[Merge, ...]) ->
         if merge.into.bias is not None and merge.into.bias.shape is None:
             edits.append(room_edit(merge.into, lifted))
         if merge.grows and merge.window is not None:
-            kernel, padding = list(merge.kernel), list(merge.window.before)
-            edits.append({"edit": "kernel", "module": merge.into.layer, "kernel": kernel, "padding": padding})
+            sizes = {"kernel": merge.kernel, "padding": merge.window.before, "dilation": merge.window.dilation}
+            edits.append({"edit": "kernel", "module": merge.into.layer} | {k: list(v) for k, v in sizes.items()})
     filled = [merge.into.bias.key for merge in merges if merge.into.bias is not None]
     dropped = [lifted.drop(*term.reader) for merge in merges for term in merge.terms]
     edits += replay_edits(lifted, filled, [splice for splice in dropped if splice is not None])
