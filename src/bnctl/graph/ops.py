@@ -132,9 +132,10 @@ class Norm(Op):
 
 @dataclass(frozen=True)
 class Activation(Op):
-    """A function of each element that is not affine."""
+    """A function that is not affine, of each element, or of the elements along ``axis`` together: softmax, whose results sum to one along it."""
 
     kind: str
+    axis: int | None = None
 
     @property
     def label(self) -> str:
@@ -248,6 +249,16 @@ class Sum(Op):
 @dataclass(frozen=True)
 class Product(Op):
     """``y = x0 * x1`` of two values that are broadcast against each other."""
+
+
+@dataclass(frozen=True)
+class MatMul(Op):
+    """``y = a @ b`` of two values: each row of y is a weighted sum of rows of b."""
+
+
+@dataclass(frozen=True)
+class Attention(Op):
+    """``y = softmax(...) @ v``, where v is the third input: each row of y is a weighted mean of rows of v."""
 
 
 @dataclass(frozen=True)

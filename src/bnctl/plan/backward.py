@@ -187,6 +187,40 @@ def _(op: ops.Product, node: Node, graph: Graph, output: int, m: AffineMap) -> M
     return Choice(options) if options else _broadcast(m, node)
 
 
+@backward.register
+def _(op: ops.MatMul, node: Node, graph: Graph, output: int, m: AffineMap) -> Move:
+    # s*(A b) = A (s*b), and t = A t where the rows of A sum to one.
+    if np.any(m.shift) and not _rows_sum_to_one(node.inputs[0], graph):
+        return Obstacle("BN103", f"a product of two values ({node.layer}) has no room for the shift")
+    return _to_rows(m, node, node.inputs[1], output, graph)
+
+
+@backward.register
+def _(op: ops.Attention, node: Node, graph: Graph, output: int, m: AffineMap) -> Move:
+    return _to_rows(m, node, node.inputs[2], output, graph)
+
+
+def _to_rows(m: AffineMap, node: Node, value: int, output: int, graph: Graph) -> Move:
+    """Move a map from rows to the rows that they are weighted sums of; it must be the same for all of them."""
+    whole, own = graph.values[output].shape, graph.values[value].shape
+    if whole is None or own is None or len(whole) < 2 or len(own) != len(whole):
+        return Obstacle("BN116", f"the shapes around {node.layer} are not known well enough")
+    if m.shape[-2] != 1 or any(n not in (1, size) for n, size in zip(m.shape[:-2], own[:-2], strict=True)):
+        return Obstacle("BN110", f"it varies over the rows that {node.layer} mixes")
+    return Pass(((value, m),))
+
+
+def _rows_sum_to_one(value: int, graph: Graph) -> bool:
+    producer = graph.producer.get(value)
+    while producer is not None and isinstance(producer.op, ops.Identity):
+        value = producer.inputs[0]
+        producer = graph.producer.get(value)
+    rank = graph.rank(value)
+    softmax = producer is not None and isinstance(producer.op, ops.Activation) and producer.op.kind == "softmax"
+    axis = producer.op.axis if softmax and producer is not None and isinstance(producer.op, ops.Activation) else None
+    return axis is not None and rank is not None and axis % rank == rank - 1
+
+
 def _narrowed(m: AffineMap, node: Node, graph: Graph) -> list[tuple[int, AffineMap]] | Obstacle:
     maps = []
     for value in node.inputs:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from bnctl.codes import Obstacle
 from bnctl.engines.onnx.statistics import Statistics
-from bnctl.engines.onnx.translated import Place, Rule, Scope, Translated, flag
+from bnctl.engines.onnx.translated import Place, Rule, Scope, Translated, axis_attribute, flag
 from bnctl.graph import ops
 from bnctl.graph.affine import AffineMap
 from bnctl.numerics.batchnorm import affine_of
@@ -19,7 +19,7 @@ Array = NDArray[np.float64]
 
 _ACTIVATIONS = (
     "Abs Acos Acosh Asin Asinh Atan Atanh Ceil Celu Clip Cos Cosh Elu Erf Exp Floor Gelu HardSigmoid HardSwish LeakyRelu Log Mish PRelu "
-    "Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu Softmax LogSoftmax Hardmax"
+    "Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu LogSoftmax Hardmax"
 )
 _NORMS = "InstanceNormalization LayerNormalization GroupNormalization RMSNormalization LpNormalization MeanVarianceNormalization LRN"
 
@@ -134,6 +134,15 @@ def _activation(node: ir.Node, scope: Scope) -> Translated:
     return Translated(ops.Activation(_snake(node.op_type)))
 
 
+def _softmax(node: ir.Node, scope: Scope) -> Translated:
+    """Before opset 13, all axes from the given one on are one; after it, -1 is the default."""
+    rank, new = scope.rank(node.inputs[0]), scope.opset >= 13
+    axis = axis_attribute(node, -1 if new else 1)
+    if not new and (rank is None or axis % rank != rank - 1):
+        return Translated(ops.Activation("softmax"))
+    return Translated(ops.Activation("softmax", axis))
+
+
 def _norm(node: ir.Node, scope: Scope) -> Translated:
     return Translated(ops.Norm(node.op_type))
 
@@ -150,5 +159,6 @@ RULES: dict[str, Rule] = {
     "Sum": _sum,
     "Pow": _power,
     **dict.fromkeys(_ACTIVATIONS.split(), _activation),
+    "Softmax": _softmax,
     **dict.fromkeys(_NORMS.split(), _norm),
 }

@@ -101,13 +101,19 @@ def _(call: OpCall, operands: Operands) -> Translated | None:
 _ACTIVATIONS = (
     "relu relu6 hardtanh silu gelu sigmoid tanh hardswish hardsigmoid leaky_relu elu selu "
     "celu mish softplus prelu threshold rrelu log_sigmoid softshrink hardshrink clamp "
-    "clamp_min clamp_max abs exp log sqrt pow square softmax log_softmax _softmax "
+    "clamp_min clamp_max abs exp log sqrt pow square log_softmax "
     "_log_softmax"
 ).split()
 
 
 def _activation(call: OpCall, operands: Operands) -> Translated:
     return Translated(ops.Activation(call.op.split(".")[1].strip("_")))
+
+
+@entry_for("softmax.int", "_softmax.default")
+def _(call: OpCall, operands: Operands) -> Translated | None:
+    axis = argument(call, 1)
+    return Translated(ops.Activation("softmax", axis if isinstance(axis, int) else None))
 
 
 for _name in _ACTIVATIONS:

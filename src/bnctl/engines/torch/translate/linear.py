@@ -98,9 +98,25 @@ def _(call: OpCall, operands: Operands) -> Translated | None:
 
 @entry_for("matmul.default", "mm.default", parameters=(1,))
 def _(call: OpCall, operands: Operands) -> Translated | None:
+    if operands.is_data(argument(call, 0)) and operands.is_data(argument(call, 1)):
+        return Translated(ops.MatMul())
     if len(operands.shape(argument(call, 1))) != 2:
         return None
     return _linear(ops.Linear(ops.WeightLayout(out_first=False)), argument(call, 1), None, call, operands, room=False)
+
+
+@entry_for("bmm.default")
+def _(call: OpCall, operands: Operands) -> Translated | None:
+    both = operands.is_data(argument(call, 0)) and operands.is_data(argument(call, 1))
+    return Translated(ops.MatMul()) if both else None
+
+
+@entry_for("scaled_dot_product_attention.default")
+def _(call: OpCall, operands: Operands) -> Translated | None:
+    """The weights of a row sum to one; but not with dropout, and not in a row that a mask leaves empty."""
+    data = all(operands.is_data(argument(call, i)) for i in range(3))
+    plain = argument(call, 3, None, "attn_mask") is None and not argument(call, 4, 0.0, "dropout_p")
+    return Translated(ops.Attention()) if data and plain else None
 
 
 @entry_for("addmm.default", parameters=(0, 2))
