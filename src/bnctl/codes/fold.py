@@ -8,7 +8,8 @@ FOLD = (
     Code("BN101", "the value has another reader",
          "The value that would change is read by a second operator, which must go on seeing the old one. A convolution that feeds both a BatchNorm and a "
          "skip connection cannot take the BatchNorm into its weights: the skip connection would receive normalised values.",
-         "Nothing is wrong. If the other reader is yours to change, let it read the normalised value.",
+         "Nothing is wrong. Where the readers are parallel branches that are summed (RepVGG, MobileOne), --merge-branches makes one operator of them. If the "
+         "other reader is yours to change, let it read the normalised value.",
          example="""
          class Net(nn.Module):
              def __init__(self):
@@ -138,7 +139,7 @@ FOLD = (
          """),
     Code("BN112", "overridable initializer",
          "The ONNX parameter is also an input of the graph: a caller may pass another value.",
-         "Remove the parameter from the graph's inputs (models of IR version 3 list all initializers there).",
+         "Use --freeze-initializers, or remove the parameter from the graph's inputs (models of IR version 3 list all initializers there).",
          example="""
          <ir_version: 8, opset_import: ["": 17]>
          net (float[N, 2, 4, 4] x, float[2, 2, 1, 1] W = {1, 0, 0, 1}) => (float[N, 2, 4, 4] y)
@@ -159,7 +160,7 @@ FOLD = (
     Code("BN114", "zero padding",
          "Constants are put around the value, between the linear operator and the BatchNorm or by the convolution behind it. Once the BatchNorm is "
          "folded on the other side, they would have to stand for other numbers: the border would be wrong.",
-         "Nothing to do in this version.",
+         "Behind the BatchNorm, --pad-exact folds all the same, by one more input channel of ones; in between, nothing.",
          example="""
          model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ZeroPad2d(1), nn.BatchNorm2d(8))
          nn.init.ones_(model[2].bias)
