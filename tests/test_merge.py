@@ -164,11 +164,15 @@ def test_in_place_additions_and_zeros_to_begin_with() -> None:
     merged(net, image(), ["conv2d", "relu_"])
 
 
-def test_a_hook_on_a_branch_keeps_it() -> None:
+def test_a_hook_on_a_branch_keeps_the_block_as_it_is() -> None:
     block = RepBlock()
     seen: list[Tensor] = []
     block.c1.register_forward_hook(lambda module, args, output: seen.append(output))
-    merged(Net(lambda s, x: s.one(x), one=block), image(), ["conv2d", "conv2d", "batch_norm", "add", "relu"])
+    merged(
+        Net(lambda s, x: s.one(x), one=block),
+        image(),
+        ["conv2d", "conv2d", "batch_norm", "add", "batch_norm", "add", "relu"],
+    )
 
 
 def test_computed_weights_are_merged_too() -> None:

@@ -267,6 +267,21 @@ FOLD = (
 
          # bnctl insert nets:Net -o out/ --input 2x3x8x8 --data batches.npz, in batches of 32: conv is never reached
          """),
+    Code("BN123", "memory of its own is needed",
+         "The layer's input is a transposed, sliced or expanded view; its result lies in new memory, in the usual order, and an operator behind it "
+         "(view, or a write in place) works only on that.",
+         "Use reshape instead of view, or the out-of-place form of the operator.",
+         example="""
+         class Net(nn.Module):
+             def __init__(self):
+                 super().__init__()
+                 self.linear, self.bn = nn.Linear(4, 8), nn.BatchNorm1d(8)
+
+             def forward(self, x):
+                 return self.bn(self.linear(x).transpose(1, 2)).view(len(x), -1)
+
+         model, x = Net(), torch.randn(2, 5, 4)
+         """),
     Code("BN122", "weight tied to another parameter",
          "The layer that would take scale and shift shares its weight with another layer, and --no-untie forbids to give it one of its own.",
          "Leave --no-untie out; the report then counts the parameters that are added.",

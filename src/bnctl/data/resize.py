@@ -35,9 +35,13 @@ def _scaled(value: Any, factor: float, offset: float) -> Any:
 
 
 def other_shapes(batch: Batch) -> list[Batch]:
-    """The batch with longer axes behind the channels, of inputs with three axes or more; many models do not take them."""
-    given = [batch, *(_mapped(batch, partial(_longer, axes=axes)) for axes in ((2, 3, 4), (1,)))]
-    return [b for b in given[1:] if _sizes(b) != _sizes(batch)]
+    """The batch with longer axes behind the channels, of inputs with three axes or more; many models do not take them.
+
+    By 32, so that what was square stays so and a multiple of 32 one; by 1 and 3, so that neither does: code that pads to a multiple shows only then.
+    """
+    ways = (((2, 3, 4), (32, 32)), ((2, 3, 4), (1, 3)), ((1,), (32, 32)))
+    given = [_mapped(batch, partial(_longer, axes=axes, more=more)) for axes, more in ways]
+    return [b for b in given if _sizes(b) != _sizes(batch)]
 
 
 def _sizes(batch: Batch) -> list[tuple[int, ...]]:
@@ -52,13 +56,13 @@ def _sizes(batch: Batch) -> list[tuple[int, ...]]:
     return found
 
 
-def _longer(value: Any, axes: tuple[int, ...]) -> Any:
-    """Repeat from the start along some axes, to 32 or 64 more: what was a multiple of 32 stays one, and what was square does not."""
+def _longer(value: Any, axes: tuple[int, ...], more: tuple[int, int]) -> Any:
+    """Repeat from the start along some axes; even axes and odd ones may grow by different numbers."""
     if value.ndim < 3 or (axes == (1,) and value.ndim != 3):
         return value
     for axis in (a for a in axes if a < value.ndim):
         size = value.shape[axis]
-        index = [i % size for i in range(size + (64 if axis % 2 else 32))]
+        index = [i % size for i in range(size + more[axis % 2])]
         value = value[(slice(None),) * axis + (index,)]
     return value
 

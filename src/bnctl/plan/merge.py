@@ -103,8 +103,9 @@ def plan_merge(
             terms = [t for t in _terms(node, graph, 1) if t.node is None or selected(t.node.layer)]
             for source in dict.fromkeys(term.source for term in terms):
                 merge = _merge([t for t in terms if t.source == source], graph, limits)
-                if merge is not None:
+                if merge is not None:  # one for each whole sum: there are other rounds
                     merges.append(merge)
+                    break
     return tuple(merges)
 
 

@@ -7,20 +7,21 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
-from bnctl.data.resize import other_shapes, resized
+from bnctl.data.resize import other_shapes, other_values, resized
 from bnctl.engines import Captured
 from bnctl.engines.torch.calibrate import output_moments
 from bnctl.engines.torch.edits import apply_edits
 from bnctl.engines.torch.layers import inserted_norm
 from bnctl.engines.torch.lift import Lifted, lift
 from bnctl.engines.torch.merge import apply_merges, is_stock, limits
-from bnctl.engines.torch.numbers import has_numbers, reads_of_values, settle
+from bnctl.engines.torch.numbers import Others, has_numbers, reads_of_values, settle
 from bnctl.engines.torch.record import Trace, record, tensors_in
 from bnctl.engines.torch.relayer import give_layers_back
 from bnctl.engines.torch.surgery import apply_fold
@@ -73,14 +74,15 @@ class TorchEngine:
         with keeping_state(module), torch.random.fork_rng(devices=[]):
             try:
                 trace = record(module, args, kwargs)
-                if has_numbers(trace):
-                    _settle_numbers(trace, module, batch)
             except Exception as error:
                 raise ModelError(
                     f"{model.word} fails on the example input: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}",
                     hint="give the shapes that the model takes with --input, or real data with --data",
                 ) from error
-        lifted = lift(trace)
+        others = cache(lambda: _other_passes(module, batch))
+        if has_numbers(trace):
+            settle(trace, others())
+        lifted = lift(trace, others)
         return Captured(model, lifted.graph, _Native(module, lifted, modes), tuple(_notes(trace)))
 
     def fold(self, captured: Captured, plan: FoldPlan) -> Model:
@@ -164,16 +166,21 @@ def _computed_tensors(module: Any) -> Iterator[torch.Tensor]:
         yield from (t for t in tensors_in(tuple(attributes)) if not t.is_leaf)
 
 
-def _settle_numbers(trace: Trace, module: nn.Module, batch: Batch) -> None:
-    """One more pass over a small batch of other sizes, where the model takes one."""
+def _other_passes(module: nn.Module, batch: Batch) -> Others:
+    """Records on small batches of other sizes and values, as far as the model takes them."""
     size = 1 if batch.size > 1 else 2
-    for other in other_shapes(batch):
-        try:
-            again = record(module, *as_tensors(resized(other, size), module))
-        except Exception:  # made for one size
-            continue
-        settle(trace, again)
-        return
+
+    def passes(batches: Iterable[Batch]) -> Iterator[Trace]:
+        for other in batches:
+            small = resized(other_values(other)[0], size) if other.size else other
+            try:
+                with keeping_state(module), torch.random.fork_rng(devices=[]):
+                    yield record(module, *as_tensors(small, module), methods=True)
+            except Exception:  # made for one size
+                continue
+
+    shaped = tuple(passes(other_shapes(batch)))
+    return Others(shaped, True) if shaped else Others(tuple(passes([batch])))
 
 
 def _notes(trace: Trace) -> Iterator[str]:

@@ -5,9 +5,11 @@ Operators are translated by the table in :mod:`bnctl.engines.torch.translate`; t
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from bnctl.codes import Obstacle
 from bnctl.engines.torch.bake import Bake, bake, watched_at_entry
 from bnctl.engines.torch.layers import inserted_norm
+from bnctl.engines.torch.numbers import Others, settled_operators
 from bnctl.engines.torch.program import Program, Reading, read
 from bnctl.engines.torch.record import ALIASED_WRITE, ModuleCall, OpCall, Ref, Trace
 from bnctl.engines.torch.removal import Head, Removal, Splice, analyse
@@ -66,14 +69,22 @@ def to_numpy(tensor: Tensor) -> Array:
     return tensor.detach().to(device="cpu", dtype=torch.float64).numpy()
 
 
-def lift(trace: Trace) -> Lifted:
-    """Translate a trace."""
-    return _Lifter(trace).lift()
+def lift(trace: Trace, others: Callable[[], Others] = Others) -> Lifted:
+    """Translate a trace; ``others`` are further passes of the model, made when they are asked for."""
+    return _Lifter(trace, others).lift()
+
+
+_VIEWS = {"aten.view.default", "aten.view_as.default"}
+"""Reshapes that never copy."""
+
+_PADS = re.compile(r"aten\.(pad|constant_pad_nd|conv\w*|avg_pool\dd)\.")
+"""Operators that may pad by numbers that were computed from a size."""
 
 
 class _Lifter(Operands):
-    def __init__(self, trace: Trace) -> None:
+    def __init__(self, trace: Trace, others: Callable[[], Others]) -> None:
         self.trace = trace
+        self.others = others
         self.arrays: dict[int, Array] = {}
         self.numbers = {id(call): number for number, call in enumerate(trace.ops)}
         self.inner = _ops_within(trace)
@@ -139,6 +150,14 @@ class _Lifter(Operands):
 
     def bias(self, item: Any, weight: Slot | None, call: OpCall) -> Slot | None:
         """The slot of a bias; an empty one where the layer is a plain module without bias; None where there is no room for one."""
+        if weight is not None and weight.tensor.startswith(
+            "computed:"
+        ):  # the plain layer in its place has a bias, or room for one
+            key = f"{weight.key.rpartition('.')[0]}.bias"
+            known = isinstance(item, Ref) and item.value in self.trace.tensors
+            if weight.obstacle or (item is not None and not known):
+                return None
+            return Slot(key, None) if item is None else Slot(key, self.shape(item), f"computed:{item.value}")
         if item is not None:
             return self.weight(item, call)
         module, path = call.within.module, call.within.path
@@ -175,6 +194,7 @@ class _Lifter(Operands):
             node = self._node(call)
             if isinstance(node.op, ops.Affine):
                 node, parts = self._layer_of(node, call, removals)
+                node = replace(node, obstacle=node.obstacle or self._needs_memory(node))
                 swallowed |= parts
                 while nodes and nodes[-1].id in parts:  # the reshapes before the affine operator
                     nodes.pop()
@@ -193,7 +213,8 @@ class _Lifter(Operands):
         if call.op == ALIASED_WRITE:
             written = Obstacle("BN117", f"it is written through a view in {self.layer(call)}")
             return Node(number, ops.Opaque("a write in place", written), self.layer(call), call.inputs, call.outputs)
-        found = translate(call, self) or Translated(ops.Opaque(call.op))
+        found = translate(call, self) if self._is_settled(call) else None
+        found = found or Translated(ops.Opaque(call.op))
         read = call.inputs if found.reads is None else tuple(call.args[i].value for i in found.reads)
         data = tuple(v for v in read if v not in self.trace.tensors)
         name = self._owner_of_statistics(call) if isinstance(found.op, ops.Norm) and found.op.obstacle else None
@@ -201,6 +222,26 @@ class _Lifter(Operands):
         in_place = call.writes and not isinstance(found.op, ops.Identity)
         slots = (found.weight, found.bias)
         return Node(number, found.op, name or self.layer(call), data, call.outputs, *slots, obstacle, in_place)
+
+    @cached_property
+    def settled(self) -> set[int]:
+        """Places of the operators whose numbers are constants."""
+        return settled_operators(self.trace, self.others())
+
+    @cached_property
+    def aside(self) -> set[int]:
+        """Places of the operators that run in another method than ``forward``."""
+        first = self.others().traces[:1]
+        return {i for trace in first for i, call in enumerate(trace.ops) if call.aside}
+
+    def _is_settled(self, call: OpCall) -> bool:
+        """Whether the numbers that a rule rests on are constants; those of torch's own layers are."""
+        own = type(call.within.module).__module__.startswith("torch.nn.") or isinstance(
+            call.within.module, nn.modules.conv._ConvNd
+        )
+        if own or not _PADS.match(call.op):
+            return True
+        return not self.others().traces or self.numbers[id(call)] in self.settled
 
     def _layer_of(self, node: Node, call: OpCall, removals: dict[str, Removal | Splice]) -> tuple[Node, set[int]]:
         """The affine layer that an affine operator belongs to, as one node, and the operators that it consists of."""
@@ -263,7 +304,9 @@ class _Lifter(Operands):
         if call not in self.readings:
             for each in self.calls[id(call.module)]:
                 own = [c for c in self.inner.get(each, ()) if c.within is each]
-                self.readings[each] = read(each, own, self.children[each], self.numbers, self.trace)
+                places = {self.numbers[id(c)] for c in own}
+                plain = places <= self.settled and not places & self.aside
+                self.readings[each] = read(each, own, self.children[each], self.numbers, self.trace) if plain else None
             found = [self.readings[each] for each in self.calls[id(call.module)]]
             programs = [None if reading is None else reading.program for reading in found]
             if not programs or any(program != programs[0] for program in programs):
@@ -297,9 +340,10 @@ class _Lifter(Operands):
                 continue
             for value in call.inputs:
                 names = self.trace.parameters.get(value, ())
-                if any(n.startswith(f"{path}.") for n in names) and all(n.startswith(f"{path}.") for n in names):
+                if names and all(n.startswith(f"{path}.") for n in names):
                     return True
-        return False
+        given = {v for call in self.trace.modules for v in call.outputs} | set(self.trace.outputs)
+        return any(n.startswith(f"{path}.") for v in given for n in self.trace.parameters.get(v, ()))
 
     def _shown(self) -> dict[int, tuple[str, ...]]:
         found: dict[int, list[str]] = defaultdict(list)
@@ -307,6 +351,35 @@ class _Lifter(Operands):
             for value in call.outputs:
                 found[value].append(call.path or "")
         return {value: tuple(paths) for value, paths in found.items()}
+
+    def _needs_memory(self, node: Node) -> Obstacle | None:
+        """Whether something behind a layer works only because its result lies in memory of its own, in the usual order."""
+        before, after = (self.trace.info[v].strides for v in (node.inputs[0], node.outputs[0]))
+        if before == after:
+            return None
+        todo, seen = [node.outputs[0]], set[int]()
+        while todo:
+            value = todo.pop()
+            for call in self.readers_of[value]:
+                if call.op in _VIEWS or (call.writes and 0 in before):
+                    return Obstacle(
+                        "BN123", f"{call.op} in {self.layer(call)} needs the memory that {node.layer} makes"
+                    )
+                for made in call.outputs:
+                    same = self.trace.info[made] == self.trace.info[value]
+                    if same and made not in seen:
+                        seen.add(made)
+                        todo.append(made)
+        return None
+
+    @cached_property
+    def readers_of(self) -> dict[int, list[OpCall]]:
+        """The operators that read each value."""
+        found: dict[int, list[OpCall]] = defaultdict(list)
+        for call in self.trace.ops:
+            for value in call.inputs:
+                found[value].append(call)
+        return found
 
     def _analysed(self, call: ModuleCall) -> tuple[Head, Removal] | None:
         if call not in self.analyses:

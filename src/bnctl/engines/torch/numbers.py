@@ -1,14 +1,14 @@
 """Which of Python's numbers are constants.
 
-``x * 0.5`` and ``x / math.sqrt(x.shape[-1])`` look the same to a recorder. A number counts as a constant of the model where a second pass, over inputs of
-another batch size and other spatial sizes, does the same operators with the same number, and nothing in the pass read the values of tensors. Where the
-model takes no other sizes, no number counts as one.
+``x * 0.5`` and ``x / math.sqrt(x.shape[-1])`` look the same to a recorder, as do a padding of 1 and one that is computed from the size. A number counts as a
+constant of the model where further passes, over inputs of another batch size, other spatial sizes and other values, do the same operators with the same
+numbers, and nothing in the pass read the values of tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,26 +28,66 @@ def reads_of_values(trace: Trace) -> Iterator[OpCall]:
             yield call
 
 
+@dataclass(frozen=True)
+class Others:
+    """Further passes of the same model.
+
+    Args:
+        traces: on inputs that differ.
+        shapes: whether their spatial sizes differ, too: the model takes other ones.
+    """
+
+    traces: tuple[Trace, ...] = ()
+    shapes: bool = False
+
+
 def has_numbers(trace: Trace) -> bool:
-    """Whether a second pass could settle anything."""
+    """Whether further passes could settle any number in arithmetic."""
     return any(True for _ in _operands(trace)) and not any(True for _ in reads_of_values(trace))
 
 
-def settle(trace: Trace, again: Trace) -> None:
-    """Let numbers that did not change between two passes be constants: values of their own, as if they were parameters.
+def settle(trace: Trace, others: Others) -> None:
+    """Let numbers in arithmetic that no pass changes be constants: values of their own, as if they were parameters.
 
     Args:
         trace: the record; changed in place.
-        again: of the same model, on inputs of other sizes.
+        others: further passes.
     """
-    if [call.op for call in trace.ops] != [call.op for call in again.ops]:
+    if not others.shapes:
         return
+    settled = settled_operators(trace, others)
     for index, position in list(_operands(trace)):
-        call, other = trace.ops[index], again.ops[index]
-        number = call.args[position]
-        if type(other.args[position]) is type(number) and other.args[position] == number:
-            args = (*call.args[:position], _constant(number, trace), *call.args[position + 1 :])
+        if index in settled:
+            call = trace.ops[index]
+            args = (*call.args[:position], _constant(call.args[position], trace), *call.args[position + 1 :])
             trace.ops[index] = replace(call, args=args)
+
+
+def settled_operators(trace: Trace, others: Others) -> set[int]:
+    """Places in the record of the operators that all passes do with the same numbers; none where the passes go different ways."""
+    names = [call.op for call in trace.ops]
+    if not others.traces or any([call.op for call in other.ops] != names for other in others.traces):
+        return set()
+    return {
+        index
+        for index, call in enumerate(trace.ops)
+        if all(_settings(other.ops[index], {}) == _settings(call, trace.numbers) for other in others.traces)
+    }
+
+
+def _settings(call: OpCall, numbers: Mapping[int, int | float]) -> Any:
+    """The arguments of an operator without its tensors; numbers with their types, those that have become values, too."""
+
+    def bare(tree: Any) -> Any:
+        if isinstance(tree, Ref):
+            return bare(numbers[tree.value]) if tree.value in numbers else Ref
+        if isinstance(tree, (tuple, list)):
+            return [bare(item) for item in tree]
+        if isinstance(tree, dict):
+            return {key: bare(item) for key, item in tree.items()}
+        return type(tree), tree
+
+    return bare((call.args, call.kwargs))
 
 
 def _operands(trace: Trace) -> Iterator[tuple[int, int]]:

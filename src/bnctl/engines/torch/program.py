@@ -19,19 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bnctl.engines.torch.bake import watched_at_entry
 from bnctl.engines.torch.record import ALIASED_WRITE, ModuleCall, OpCall, Ref, Trace, tensors_in
 
-_SETTINGS = frozenset(
-    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution linear matmul mm addmm embedding "
+_REPLAYED = frozenset(
+    "add sub mul div maximum minimum conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution linear matmul mm addmm embedding "
     "batch_norm layer_norm group_norm instance_norm relu relu6 hardtanh silu gelu sigmoid tanh hardswish hardsigmoid leaky_relu elu selu celu mish "
     "softplus prelu softmax log_softmax cat concat stack flatten permute transpose t contiguous clone detach chunk mean amax dropout neg "
+    "view reshape slice select narrow split split_with_sizes pad expand "
     "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d "
     "unsqueeze squeeze".split()
 )
-"""Operators whose numbers are settings of the layer (a stride, an axis, a slope): taken as they are."""
-
-_TENSORS_ONLY = frozenset("add sub mul div maximum minimum".split())
-"""Operators whose numbers may have been computed from the input: taken only where both operands are tensors, or numbers that were settled."""
+"""Operators that are replayed, with their numbers: the caller has seen to it that no size of the input changes those."""
 
 _ON_PARAMETERS = frozenset("reshape view expand sqrt rsqrt reciprocal pow exp square sum to _to_copy".split())
 """Operators that are also taken, with all their numbers, where they act on parameters alone."""
@@ -134,7 +133,7 @@ class Program:
         steps = []
         for entry in data["steps"]:
             child = "child" in entry
-            if not child and _base(entry["op"]) not in _SETTINGS | _TENSORS_ONLY | _ON_PARAMETERS:
+            if not child and _base(entry["op"]) not in _REPLAYED | _ON_PARAMETERS:
                 raise ValueError(f"{entry['op']} is not an operator that bnctl replays")
             args, kwargs = tuple(_from_json(a) for a in entry["args"]), entry["kwargs"]
             named = tuple((str(k), _from_json(v)) for k, v in kwargs.items())
@@ -174,8 +173,8 @@ class Replay:
         Raises:
             TypeError: other arguments are given than those in the recorded call.
         """
-        if kwargs:
-            args = tuple(self.__signature__.bind(*args, **kwargs).arguments.values())
+        if kwargs or len(args) != self.program.inputs:
+            args = self._without_defaults(args, kwargs)
         if len(args) != self.program.inputs:
             raise TypeError(f"{type(self.owner).__name__} was folded for calls with {self.program.inputs} tensors")
         values: dict[int, Any] = dict(enumerate(args))
@@ -188,6 +187,12 @@ class Replay:
             else:
                 values.update(zip(step.outputs, tensors_in(result), strict=True))
         return self._given(self.program.result, values)
+
+    def _without_defaults(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """Arguments in order, without those that say what would be taken anyway."""
+        signature = self.__signature__
+        given = signature.bind(*args, **kwargs).arguments
+        return tuple(v for name, v in given.items() if v is not signature.parameters[name].default)
 
     def _given(self, tree: Any, values: Mapping[int, Any]) -> Any:
         if isinstance(tree, Ref):
@@ -224,6 +229,9 @@ def read(
     """
     if call.path is None or call.kwargs or not call.args or not all(isinstance(a, Ref) for a in call.args):
         return None
+    hooked = watched_at_entry(call.module) or any(c.module._forward_hooks for c in children)
+    if hooked:  # what a hook does would be done twice: by the hook and by the steps
+        return None
     return _Reader(call, trace).read(own, children, position)
 
 
@@ -258,11 +266,10 @@ class _Reader:
     def _operator(self, op: OpCall) -> Step | None:
         name = _base(op.op)
         on_parameters = all(v in self.trace.tensors for v in (*op.inputs, *op.outputs))
-        known = name in _SETTINGS or name in _TENSORS_ONLY or (on_parameters and name in _ON_PARAMETERS)
+        known = name in _REPLAYED or (on_parameters and name in _ON_PARAMETERS)
         if op.op == ALIASED_WRITE or op.random or not known or (op.writes and len(op.outputs) != 1):
             return None
-        args = self._tree(op.args, numbers=name not in _TENSORS_ONLY or on_parameters)
-        kwargs = self._tree(op.kwargs, numbers=name not in _TENSORS_ONLY)
+        args, kwargs = self._tree(op.args, numbers=True), self._tree(op.kwargs, numbers=True)
         return None if args is None or kwargs is None else self._step(op.op, False, args[0], kwargs[0], op.outputs)
 
     def _child(self, child: ModuleCall) -> Step | None:

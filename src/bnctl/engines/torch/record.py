@@ -11,9 +11,11 @@ feature that a hook keeps, a cache) has been seen by somebody: it is *held*.
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -67,7 +69,10 @@ class ModuleCall:
 
 @dataclass(frozen=True, eq=False)
 class OpCall:
-    """One call of an operator. ``args`` and ``kwargs`` hold :class:`Ref` where tensors were; ``writes`` says whether it wrote into one of them."""
+    """One call of an operator. ``args`` and ``kwargs`` hold :class:`Ref` where tensors were; ``writes`` says whether it wrote into one of them.
+
+    ``aside`` says whether it ran in another method of its module than ``forward``, where that was asked for.
+    """
 
     op: str
     args: tuple[Any, ...]
@@ -77,6 +82,7 @@ class OpCall:
     within: ModuleCall
     random: bool = False
     writes: bool = False
+    aside: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,7 @@ class TensorInfo:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+    strides: tuple[int, ...] = field(default=(), compare=False)
 
 
 @dataclass(eq=False)
@@ -117,13 +124,20 @@ class Trace:
     result: Any = None
 
 
-def record(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Trace:
+def record(
+    model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, *, methods: bool = False
+) -> Trace:
     """Run the model once and record it. The model's mode (train or eval) is left as it is.
+
+    Args:
+        model: to be run.
+        args, kwargs: its inputs.
+        methods: note what runs in another method of a module than ``forward``; values may then live longer than they would.
 
     Raises:
         Exception: whatever the model raises.
     """
-    recorder = _Recorder(model)
+    recorder = _Recorder(model, methods)
     kwargs = dict(kwargs or {})
     recorder.trace.inputs = [recorder.value_of(t) for t in tensors_in((args, kwargs))]
     with (
@@ -190,8 +204,9 @@ def _children(item: Any) -> Iterator[Any]:
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, methods: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
+        self.methods = methods
         self.trace = Trace(model)
         self.paths = {id(module): path for path, module in model.named_modules()}
         self.top = ModuleCall(model, None, None, [])
@@ -211,7 +226,8 @@ class _Recorder(TorchDispatchMode):
     def new_value(self, tensor: Tensor) -> int:
         """Give the tensor a new version."""
         value = len(self.trace.info)
-        self.trace.info.append(TensorInfo(tuple(tensor.shape), tensor.dtype))
+        strides = tensor.stride() if tensor.layout == torch.strided else ()
+        self.trace.info.append(TensorInfo(tuple(tensor.shape), tensor.dtype, strides))
         self.versions[tensor] = value
         if tensor.layout == torch.strided:
             self.storages.setdefault(tensor.untyped_storage()._cdata, WeakTensorKeyDictionary())[tensor] = True
@@ -251,6 +267,7 @@ class _Recorder(TorchDispatchMode):
             self.current,
             torch.Tag.nondeterministic_seeded in func.tags,
             bool(changed),
+            self.methods and _in_another_method(self.current.module),
         )
         self.trace.ops.append(call)
         if inputs and not call.random and not changed and all(v in self.trace.tensors for v in inputs):
@@ -322,6 +339,23 @@ class _Recorder(TorchDispatchMode):
         self.trace.held = {
             v for t, v in self.versions.items() if id(t) not in self.names and v not in self.trace.tensors
         } - set(self.trace.inputs)
+
+
+def _in_another_method(module: nn.Module) -> bool:
+    """Whether the code that is running is a method of the module that ``forward`` has called."""
+    forward = getattr(type(module).forward, "__code__", None)
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code is forward or frame.f_code in _CALLING:
+            return False
+        method = getattr(type(module), frame.f_code.co_name, None)
+        if getattr(method, "__code__", None) is frame.f_code and frame.f_locals.get("self") is module:
+            return True
+        frame = frame.f_back
+    return False
+
+
+_CALLING = {nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__}
 
 
 def _refs(tree: Any) -> Iterator[int]:

@@ -1,0 +1,149 @@
+"""What one run cannot tell: numbers, paths and memory that other inputs change. The layer is left, with its reason; nothing else is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import bnctl
+from nets_traps import error, outputs, randomise
+
+
+class Code(nn.Module):
+    """Layers for any code."""
+
+    def __init__(self, code: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+        self.c, self.d = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(2))
+        self.p, self.q = (nn.Conv2d(4, 4, 1) for _ in range(2))
+        self.bn, self.bn1 = nn.BatchNorm2d(4), nn.BatchNorm1d(4)
+        self.head, self.last = nn.Linear(4, 3), nn.Linear(4, 4)
+        self.code = code
+
+    def norm(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.bn.running_mean, self.bn.running_var, self.bn.weight, self.bn.bias)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.code(self, x)
+
+
+def functional(s: Any, x: Tensor) -> Tensor:
+    """A functional BatchNorm in the code of the model."""
+    return F.batch_norm(x, s.bn.running_mean, s.bn.running_var, s.bn.weight, s.bn.bias)
+
+
+def hooked(s: Any, x: Tensor) -> Tensor:
+    return functional(s, s.c(x)).relu()
+
+
+CASES: dict[str, tuple[Callable[[Any, Tensor], Any], str]] = {
+    "pool of the whole width": (lambda s, x: s.head(F.avg_pool2d(functional(s, s.c(x)).relu(), x.size(3)).flatten(1)), "BN109"),
+    "padding to a multiple": (lambda s, x: s.bn(F.pad(s.c(x), (0, -x.shape[-1] % 4, 0, -x.shape[-1] % 4))), "BN116"),
+    "same padding ahead": (lambda s, x: s.p(F.pad(s.bn(x.sigmoid()), (0, x.shape[-1] % 2, 0, x.shape[-2] % 2))), "BN103"),
+    "a term for odd sizes": (lambda s, x: s.bn(s.c(x) + x.shape[-1] % 2), "BN116"),
+    "a factor for odd sizes": (lambda s, x: functional(s, s.c(x)) * (1 + x.shape[-1] % 2), "BN109"),
+    "another path for odd sizes": (lambda s, x: functional(s, s.c(x)).relu() if x.shape[-1] % 2 else functional(s, s.c(x)), "BN109"),
+    "another path for large sizes": (lambda s, x: functional(s, s.c(x)).relu() if x.shape[-1] > 11 else functional(s, s.c(x)), "BN109"),
+    "another path for one sample": (lambda s, x: functional(s, s.c(x)).relu() if len(x) == 1 else functional(s, s.c(x)), "BN109"),
+    "a padding from the size": (lambda s, x: functional(s, F.conv2d(x, s.c.weight, padding=x.shape[-1] % 2 + 1)), "BN109"),
+    "a slope from the size": (lambda s, x: F.leaky_relu(functional(s, s.c(x)), 1 / x.shape[-1]), "BN109"),
+    "a value read by tolist": (lambda s, x: s.bn(s.c(x) + x.flatten().tolist()[0]), "BN116"),
+    "a view behind a transpose": (lambda s, x: s.bn1(s.last(x.flatten(2).transpose(1, 2)).transpose(1, 2)).view(len(x), -1), "BN123"),
+    "a view behind a crop": (lambda s, x: s.bn(s.c(x)[:, :, 1:-1, 1:-1]).relu_().view(len(x), 4, -1), "BN123"),
+    "in place behind expand": (lambda s, x: s.bn(s.c(F.adaptive_avg_pool2d(x, 1)).expand(-1, -1, 8, 8)).relu_(), "BN123"),
+    "in another method": (lambda s, x: s.norm(s.c(x)).relu(), "BN109"),
+}  # fmt: skip
+
+
+def checked(model: nn.Module, **options: bool) -> Any:
+    """Fold with and without bnctl's own check, and compare on sizes of all kinds."""
+    x = torch.randn(2, 4, 8, 8)
+    result = bnctl.fold(model, x, verify=False, **options)
+    bnctl.fold(model, x, **options)
+    compared = 0
+    for shape in ((2, 4, 8, 8), (1, 4, 8, 8), (3, 4, 12, 12), (1, 4, 9, 9), (1, 4, 7, 10)):
+        other = torch.randn(*shape)
+        try:
+            reference = outputs(model, other, torch.float64)
+        except RuntimeError:  # made for one size
+            continue
+        assert error([t.detach() for t in reference], [t.detach() for t in outputs(result.model, other)]) < 1e-5
+        compared += 1
+    assert compared > 1
+    return result
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_layer_is_left(name: str) -> None:
+    code, reason = CASES[name]
+    result = checked(randomise(Code(code)))
+    assert [s.code for s in result.report.sites] == [reason]
+
+
+def test_the_same_code_without_the_trick_is_folded() -> None:
+    """Negative control: it is the trick that keeps the layer."""
+    for code in (
+        lambda s, x: functional(s, s.c(x)).relu(),
+        lambda s, x: s.bn(F.pad(s.c(x), (1, 1, 1, 1), "reflect")),
+        lambda s, x: F.leaky_relu(functional(s, s.c(x)), 0.3),
+        lambda s, x: s.bn(s.c(x)[:, :, 1:-1, 1:-1]).relu_().reshape(len(x), 4, -1),
+    ):
+        result = checked(randomise(Code(code)))
+        assert [s.action for s in result.report.sites] == ["folded"]
+
+
+@pytest.mark.parametrize("where", ["child", "entry"])
+def test_hooks_that_change_something_are_not_done_twice(where: str) -> None:
+    model = randomise(Code(hooked))
+    if where == "child":
+        model.c.register_forward_hook(lambda module, args, output: output.relu() - output.sigmoid())
+    else:
+        model.register_forward_pre_hook(lambda module, args: (args[0].sigmoid(),))
+    assert [s.code for s in checked(model).report.sites] == ["BN109"]
+
+
+def test_merging_what_two_merges_would_empty() -> None:
+    def crossed(s: Any, x: Tensor) -> Tensor:
+        z = x.relu()
+        return (s.c(x) + s.d(z)) + (s.p(x) + s.q(z))  # type: ignore[no-any-return]
+
+    result = checked(randomise(Code(crossed)), merge_branches=True)
+    assert {s.name for s in result.report.sites} == {"p", "q"}
+    checked(randomise(Code(lambda s, x: (lambda z: (s.c(x) + s.d(z)) + (s.p(x) + z))(x.relu()))), merge_branches=True)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_computed_weight_in_a_module_of_its_own(bias: bool) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.g = nn.Parameter(torch.randn(4, 4, 3, 3)), nn.Parameter(torch.ones(1) * 2)
+            self.b = nn.Parameter(torch.randn(4)) if bias else None
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(x, self.w * self.g, self.b)
+
+    model = Code(lambda s, x: s.bn(s.c(x)).relu())
+    model.c = Scaled()
+    assert [s.action for s in checked(randomise(model)).report.sites] == ["folded"]
+    shown = Code(lambda s, x: (s.bn(s.c(x)).relu(), s.c.g))
+    shown.c = Scaled()
+    assert [s.code for s in checked(randomise(shown)).report.sites] == ["BN108"]
+
+
+def test_arguments_that_say_what_would_be_taken_anyway() -> None:
+    class Optional(Code):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+            y = functional(self, self.c(x))
+            return y if mask is None else y * mask
+
+    x = torch.randn(2, 4, 8, 8)
+    model = bnctl.fold(randomise(Optional(hooked)), x).model
+    torch.testing.assert_close(model(x, None), model(x, mask=None))
+    with pytest.raises(TypeError, match="folded for calls with 1 tensor"):
+        model(x, torch.ones(1))
