@@ -189,6 +189,16 @@ def test_half_precision_overflow_is_refused() -> None:
         bnctl.fold(net.eval(), image().half(), merge_branches=True)
 
 
+def test_branches_of_an_exported_graph_are_left() -> None:
+    """A graph module is copied by its graph: another forward would be lost on the way."""
+    block = randomise(Net(lambda s, x: s.one(x), one=RepBlock()))
+    graph = torch.export.export(block, (image(),)).module()
+    result = bnctl.fold(graph, image(), merge_branches=True)
+    assert result.report.summary == {"found": 3, "folded": 2, "left": 1}
+    x = image()
+    assert error(outputs(block, x), [result.model(x).detach().double()]) < 1e-5
+
+
 def test_bundle_of_a_merged_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Any) -> None:
     (tmp_path / "rep_net.py").write_text(
         "from test_merge import RepBlock\nfrom torch import nn\ndef build():\n    return nn.Sequential(RepBlock(), RepBlock())\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -47,6 +48,7 @@ class Rounds:
         added_parameters: by untying.
         notes: of the captures.
         changed: whether anything was done.
+        nodes: operators before the last merge; every round must leave fewer.
     """
 
     model: Model
@@ -55,6 +57,7 @@ class Rounds:
     added_parameters: int = 0
     notes: dict[str, None] = field(default_factory=dict)
     changed: bool = False
+    nodes: float = math.inf
 
 
 def run_rounds(
@@ -116,6 +119,9 @@ def _merge(state: Rounds, engine: Engine, example: Batch, takes: Callable[[str],
     merges = engine.plan_merges(captured, takes)
     if not merges:
         return False
+    if len(captured.graph.nodes) >= state.nodes:
+        raise RuntimeError(f"merging {', '.join(merges[0].names)} into {merges[0].into.layer} changed nothing")
+    state.nodes = len(captured.graph.nodes)
     for merge in merges:
         for node in (term.node for term in merge.terms if term.node is not None):
             action = "merged" if isinstance(node.op, LinearOp) else "folded"

@@ -17,7 +17,7 @@ from functools import cache, reduce
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from bnctl.engines.torch.bake import watched_at_entry
 from bnctl.engines.torch.record import ALIASED_WRITE, ModuleCall, OpCall, Ref, Trace, tensors_in
@@ -228,6 +228,10 @@ def read(
         trace: the record.
     """
     if call.path is None or call.kwargs or not call.args or not all(isinstance(a, Ref) for a in call.args):
+        return None
+    if isinstance(
+        call.module, fx.GraphModule
+    ):  # its copies are made from its graph, and would know nothing of another forward
         return None
     hooked = watched_at_entry(call.module) or any(c.module._forward_hooks for c in children)
     if hooked:  # what a hook does would be done twice: by the hook and by the steps
