@@ -59,8 +59,9 @@ def _matmul(node: ir.Node, scope: Scope) -> Translated | None:
         _weight_shape(node, 1, scope),
         scope.constants.obstacle(node.inputs[1]) if node.inputs[1] is not None else None,
     )
-    if all(v is not None and v not in scope.constants for v in node.inputs):
-        return Translated(ops.MatMul()) if obstacle is not None and obstacle.code == "BN108" else None
+    if obstacle is not None and obstacle.code == "BN108":  # a product of two values is no layer
+        values = all(v is not None and v not in scope.constants for v in node.inputs)
+        return Translated(ops.MatMul()) if values else None
     if shape is None or len(shape) != 2:
         return None
     op = ops.Linear(WeightLayout(out_first=False))
