@@ -106,3 +106,25 @@ def test_a_model_that_asks_for_float32_has_no_float64_reference(batch: Batch) ->
 
     runner = TorchRunner(Stubborn(8, 8))
     assert rounding_noise(runner, batch, runner.run(batch))["out"] > 0
+
+
+class Ranked(nn.Module):
+    """Whole numbers that rounding decides on, or does not: the order of scores."""
+
+    def __init__(self, gap: float, turned: bool = False) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8, bias=False)
+        nn.init.constant_(self.linear.weight, 1.0)
+        self.gap = nn.Parameter(torch.arange(8.0) * gap)
+        self.turned = turned
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = self.linear(x) + self.gap
+        order = scores.argsort(dim=1, stable=True)
+        return scores, order.flip(1) if self.turned else order
+
+
+def test_whole_numbers_that_rounding_decides_on_are_no_evidence(batch: Batch) -> None:
+    for gap, passes in ((1e-7, True), (1.0, False)):
+        result = compare_runners(TorchRunner(Ranked(gap)), TorchRunner(Ranked(gap, turned=True)), [batch])
+        assert result.passed is passes

@@ -182,7 +182,7 @@ class _Progress:
             whole = a.dtype.kind in "iub"
             error = compare(a, b)
             equal, noise, drowned = error.within(0.0 if whole else self.limit), None, False
-            if not equal and (a.shape != b.shape or (not whole and error.mismatch is None)):
+            if not equal and (a.shape != b.shape or error.mismatch is None):
                 noise = noise_of()[name]
                 equal = error.max_abs <= NOISE_FACTOR * noise
                 drowned = required and equal and error.max_rel > DROWNED

@@ -49,8 +49,8 @@ def rounding_noise(
 
 
 def _moved(value: NDArray[Any], other: NDArray[Any]) -> float:
-    """By how much; infinitely, where rounding decides on the shape: how many boxes a detector finds."""
-    if value.shape != other.shape:
+    """By how much; infinitely, where rounding decides on a shape or a whole number: how many boxes a detector finds, and in which order."""
+    if value.shape != other.shape or (value.dtype.kind in "iub" and not np.array_equal(value, other)):
         return math.inf
     error = compare(value.astype(other.dtype), other).max_abs
     return error if math.isfinite(error) else 0.0
