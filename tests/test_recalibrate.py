@@ -24,12 +24,12 @@ from bnctl.engines.torch.recalibrate import recalibrate
 from bnctl.engines.torch.recalibration import memory
 from bnctl.engines.torch.recalibration.memory import LiveStorages
 from bnctl.engines.torch.recalibration.operators import inference
-from bnctl.engines.torch.recalibration.statistics import Drift, SiteStatistics, count_dead, discrepancy, drift
 from bnctl.engines.torch.recalibration.strand import Strand
 from bnctl.engines.torch.recalibration.workbench import Workbench
 from bnctl.errors import DataError, ModelError, UsageError
 from bnctl.models.importing import import_module
 from bnctl.numerics.moments import Moments
+from bnctl.recalibration.statistics import Drift, SiteStatistics, count_dead, discrepancy, drift
 from nets_resnet20 import build as build_resnet20
 
 CIFAR = Path(__file__).parents[2] / "shared" / "data" / "cifar10_resnet20"

@@ -17,8 +17,8 @@ from bnctl.selection import Selection
 
 if TYPE_CHECKING:
     from bnctl.data.batches import Batch
-    from bnctl.engines.torch.recalibration.statistics import SiteStatistics
     from bnctl.models.model import Model
+    from bnctl.recalibration.statistics import SiteStatistics
 
 Method = Literal["exact", "batch"]
 

@@ -28,9 +28,9 @@ from bnctl.engines.torch.recalibration.schedules import (
     solve,
 )
 from bnctl.engines.torch.recalibration.sites import Site, SiteTable, frozen_on_purpose
-from bnctl.engines.torch.recalibration.statistics import NOT_CONVERGED, SiteStatistics, count_dead, drift
 from bnctl.engines.torch.recalibration.workbench import Feed, Tally, Workbench, copied
 from bnctl.errors import ModelError, UsageError
+from bnctl.recalibration.statistics import NOT_CONVERGED, SiteStatistics, count_dead, drift
 from bnctl.selection import Selection
 
 if TYPE_CHECKING:

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from bnctl.engines.torch.recalibration.operators import NormCall
-from bnctl.engines.torch.recalibration.statistics import (
+from bnctl.errors import ModelError
+from bnctl.numerics.moments import Moments
+from bnctl.recalibration.statistics import (
     FROZEN,
     NEVER_REACHED,
     NO_STATISTICS,
@@ -19,8 +21,6 @@ from bnctl.engines.torch.recalibration.statistics import (
     NOT_SELECTED,
     discrepancy,
 )
-from bnctl.errors import ModelError
-from bnctl.numerics.moments import Moments
 from bnctl.selection import Selection
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Site:
         return all(torch.equal(old, new) for old, new in kept) or self.discrepancy(moments) < tolerance
 
     def discrepancy(self, moments: Moments) -> float:
-        """See :func:`bnctl.engines.torch.recalibration.statistics.discrepancy`."""
+        """See :func:`bnctl.recalibration.statistics.discrepancy`."""
         return discrepancy(self.stored(), moments, self.eps)
 
     def _cast(self, moments: Moments) -> tuple[torch.Tensor, torch.Tensor]:

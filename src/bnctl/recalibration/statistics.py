@@ -46,6 +46,7 @@ class SiteStatistics:
         drift: old statistics against new; None where left, or where the old ones were not finite.
         self_consistency: largest difference between the stored statistics and those that the recalibrated model produces in
             inference, in units of the layer's own scale; see :func:`discrepancy`. None where left.
+        standard_error: of the mean, in standard deviations, of the channel that is known worst; see :meth:`bnctl.recalibration.seen.Seen.standard_error`.
     """
 
     name: str
@@ -58,6 +59,7 @@ class SiteStatistics:
     dead_channels: int = 0
     drift: Drift | None = None
     self_consistency: float | None = None
+    standard_error: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in the JSON report."""

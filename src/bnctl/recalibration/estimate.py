@@ -1,0 +1,63 @@
+"""Running statistics from what a site saw: pooled, mixed with the old ones, or averaged as training does it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bnctl.numerics.moments import Moments
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Vector = NDArray[np.float64]
+    Statistics = tuple[Vector, Vector]
+    """Mean and variance, float64 (C,)."""
+
+
+def with_prior(source: Statistics, target: Moments, samples: int, prior: float) -> Statistics:
+    """Old statistics as if they were `prior` more samples (Schneider et al. 2020, "Improving robustness against common corruptions by covariate shift
+    adaptation", eq. 2 and 3).
+
+    With ``w = prior / (prior + samples)``, s for source and t for target: ``mean = w mean_s + (1 - w) mean_t`` and
+    ``var = w var_s + (1 - w) var_t + w (1 - w) (mean_s - mean_t)**2``. The last term, the spread between the domains, makes it the variance of the mixture.
+
+    Args:
+        source: the old statistics.
+        target: what the site saw.
+        samples: how many samples of the data that is.
+        prior: weight of the source in samples; 0: target alone.
+    """
+    variance = target.variance()
+    if prior == 0:
+        return target.mean, variance
+    mean, var = source
+    weight = prior / (prior + samples)
+    delta = mean - target.mean
+    return weight * mean + (1 - weight) * target.mean, weight * var + (1 - weight) * (variance + weight * delta * delta)
+
+
+def moving_average(
+    before: Statistics, calls: Iterable[Moments], momentum: float | None, calls_before: int = 0
+) -> Statistics:
+    """Statistics as training would leave them after these calls (``torch.nn.BatchNorm2d``).
+
+    Per call ``mean = (1 - a) mean + a mean_b`` and ``var = (1 - a) var + a m2_b / (n_b - 1)``: training stores the variance without bias. `a` is
+    `momentum`, and without one ``1 / (number of calls so far)``.
+
+    Args:
+        before: the old statistics.
+        calls: of the layer, in order; those with fewer than two values per channel have no such variance and are refused by training.
+        momentum: torch's, the weight of the new; None for the plain average over all calls.
+        calls_before: how many there were (``num_batches_tracked``).
+
+    Raises:
+        ValueError: a call has one value per channel.
+    """
+    mean, var = before
+    for number, seen in enumerate(calls, start=calls_before + 1):
+        a = 1 / number if momentum is None else momentum
+        mean, var = (1 - a) * mean + a * seen.mean, (1 - a) * var + a * seen.variance(unbiased=True)
+    return mean, var
