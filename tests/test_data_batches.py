@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import UserDict, namedtuple
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from bnctl.data.batches import Batch, as_batch, as_batches, class_labels, first_of, slices, spread
+from bnctl.data.batches import Batch, as_batch, as_batches, class_labels, first_of, located, spread
 from bnctl.errors import DataError
 
 X = np.arange(24, dtype=np.float32).reshape(4, 1, 2, 3)
@@ -94,18 +95,71 @@ class TestItems:
         assert Batch().size == 1
 
 
-class TestFirst:
-    def test_every_part_of_the_batch_is_cut(self):
-        batch = Batch((X, [1, 2, 3, 4], Graph(X, 2.0), np.arange(3)), {"d": {"x": torch.from_numpy(X)}}, Y)
-        cut = batch.first(3)
-        x, items, graph, other = cut.args
-        np.testing.assert_array_equal(x, X[:3])
-        assert items == [1, 2, 3]
-        np.testing.assert_array_equal(graph.nodes, X[:3])
-        assert graph.scale == 2.0
+class TestRows:
+    @pytest.mark.parametrize("indices", [[0, 1, 2], [3, 1], [2, 2, 0, 1], []])
+    def test_every_part_of_the_batch_is_chosen_from(self, indices):
+        parts = (X, [1, 2, 3, 4], (1, 2, 3, 4), Graph(X, 2.0), np.arange(3), 5.0)
+        batch = Batch(parts, {"d": {"x": torch.from_numpy(X)}}, Y, start=40)
+        chosen = batch.rows(np.array(indices, dtype=np.int64))
+        x, items, fixed, graph, other, number = chosen.args
+        np.testing.assert_array_equal(x, X[indices])
+        assert items == [[1, 2, 3, 4][i] for i in indices]
+        assert fixed == tuple(items)
+        np.testing.assert_array_equal(graph.nodes, X[indices])
+        assert (graph.scale, number) == (2.0, 5.0)
         assert len(other) == 3  # another length than the batch's: not per sample
-        assert len(cut.kwargs["d"]["x"]) == len(cut.labels) == cut.size == 3
+        np.testing.assert_array_equal(chosen.kwargs["d"]["x"], X[indices])
+        np.testing.assert_array_equal(chosen.labels, Y[indices])
+        assert (chosen.size, chosen.start) == (len(indices), 40)
         assert batch.size == 4
+
+
+class TestShares:
+    @given(st.integers(0, 60), st.integers(1, 9), st.integers(0, 8), st.integers(1, 7))
+    def test_a_share_is_every_step_th_batch_and_nothing_else_is_made(self, samples, batch_size, first, step):
+        made = []
+
+        def read(places):
+            for place in places:
+                made.append(place.start)
+                yield Batch((np.arange(samples)[place],), start=place.start)
+
+        batches = located(samples, batch_size, read)
+        numbers = [index for index, _ in batches.every()]
+        assert numbers == list(range(len(batches)))
+        assert len(batches) == len(made) == -(-samples // batch_size)
+        made.clear()
+        share = list(batches.every(first, step))
+        assert [index for index, _ in share] == numbers[first::step]
+        assert made == [index * batch_size for index in numbers[first::step]]
+        assert all(batch.args[0][0] == batch.start for _, batch in share)
+        assert {batch.size for index, batch in share if index < len(batches) - 1} <= {batch_size}
+
+    @given(st.lists(st.integers(0, 4), min_size=1, max_size=9).filter(any), st.integers(1, 4))
+    def test_the_shares_of_a_loader_are_its_batches(self, sizes, step):
+        bounds = np.cumsum([0, *sizes])
+        batches = as_batches([np.arange(*pair) for pair in pairwise(bounds)])
+        whole = [(i, b.start, b.args[0].tolist()) for i, b in enumerate(batches)]
+        shares = [(i, b.start, b.args[0].tolist()) for first in range(step) for i, b in batches.every(first, step)]
+        assert sorted(shares) == whole
+        assert all(values[0] == start for _, start, values in whole)
+        assert [i for i, _ in batches.every(0, step)] == [i for i, _, _ in whole][::step]
+
+    def test_a_share_that_is_left_early_can_be_closed(self):
+        closed = []
+
+        def loader():
+            try:
+                while True:
+                    yield X
+            finally:
+                closed.append(True)
+
+        share = as_batches(loader()).every(1, 2)
+        assert next(share)[0] == 1
+        assert not closed
+        share.close()
+        assert closed
 
 
 class TestPasses:
@@ -131,8 +185,12 @@ class TestPasses:
     def test_batches_stay_batches(self):
         batches = as_batches([X])
         assert as_batches(batches) is batches
-        batch = Batch((X,))
-        assert list(as_batches([batch])) == [batch]
+        batch = Batch((X,), {"k": X}, Y)
+        for read, start in zip(as_batches([batch, batch]), (0, 4), strict=True):
+            assert read.args is batch.args
+            assert read.kwargs is batch.kwargs
+            assert read.labels is Y
+            assert read.start == start
 
     def test_an_iterator_is_read_once_and_says_so(self):
         batches = as_batches(x for x in [X, X])
@@ -177,12 +235,6 @@ class TestPasses:
 
 
 class TestIndices:
-    @given(st.integers(0, 200), st.integers(1, 60))
-    def test_slices_cover_everything_once(self, samples, size):
-        steps = list(slices(samples, size))
-        assert [i for s in steps for i in range(samples)[s]] == list(range(samples))
-        assert all(s.stop - s.start == size for s in steps[:-1])
-
     @given(st.integers(1, 300), st.none() | st.integers(1, 400))
     def test_spread_is_even_ascending_and_without_repetition(self, samples, limit):
         kept = spread(samples, limit)

@@ -54,6 +54,28 @@ def test_the_batches_together_are_the_folder_in_one_order(folder, batch_size):
         np.testing.assert_array_equal(pixels(batches), want)
 
 
+def test_a_share_decodes_no_image_of_another(folder):
+    whole = list(read_folder(folder, batch_size=2).every())
+    assert [index for index, _ in whole] == list(range(6))
+    assert [batch.start for _, batch in whole] == [0, 2, 4, 6, 8, 10]
+    share = list(read_folder(folder, batch_size=2).every(1, 3))
+    assert [index for index, _ in share] == [1, 4]
+    for index, batch in share:
+        np.testing.assert_array_equal(batch.args[0], whole[index][1].args[0])
+    # All images are broken now but those of the first batch of the share.
+    seen = {(label, image.tobytes()) for label, image in zip(share[0][1].labels, share[0][1].args[0], strict=True)}
+    for label, name in enumerate(sorted(COUNTS)):
+        for path in (folder / name).rglob("[0-9].png"):
+            with Image.open(path) as image:
+                content = (np.asarray(image, np.float32) / 255).transpose(2, 0, 1)
+            if (label, np.ascontiguousarray(content).tobytes()) not in seen:
+                path.write_bytes(b"broken")
+    (_, batch), *_ = read_folder(folder, batch_size=2).every(1, 6)
+    np.testing.assert_array_equal(batch.args[0], share[0][1].args[0])
+    with pytest.raises(DataError, match="not an image"):
+        next(read_folder(folder, batch_size=2).every(0, 3))
+
+
 def test_the_order_mixes_classes_and_follows_the_seed(folder):
     labels = [np.concatenate([b.labels for b in read_folder(folder, seed=seed)]).tolist() for seed in (0, 0, 1)]
     assert labels[0] == labels[1]

@@ -89,10 +89,14 @@ def test_other_callables(module, function):
         assert batch.size == 10
 
 
-@pytest.mark.parametrize(("limit", "sizes"), [(1, [1]), (4, [4]), (5, [4, 1]), (10, [4, 4, 2]), (99, [4, 4, 2])])
+@pytest.mark.parametrize(
+    ("limit", "sizes"), [(1, [1]), (3, [3]), (4, [4]), (6, [4, 2]), (10, [4, 4, 2]), (99, [4, 4, 2])]
+)
 def test_a_limit_is_kept_to_the_sample(module, limit, sizes):
     read = list(read_loader(f"{module}:generator", limit=limit))
     assert [b.size for b in read] == [len(b.labels) for b in read] == sizes
+    np.testing.assert_array_equal(np.concatenate([b.args[0] for b in read]), sys.modules[module].X[: sum(sizes)])
+    np.testing.assert_array_equal(np.concatenate([b.labels for b in read]), np.arange(sum(sizes)))
 
 
 @pytest.mark.parametrize(

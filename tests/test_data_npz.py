@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
+import tracemalloc
+import zipfile
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bnctl.data.npz import read_npz
+from bnctl.data.npz import load_arrays, read_npz
 from bnctl.data.preprocess import Preprocess
 from bnctl.errors import DataError
 
@@ -112,6 +114,78 @@ def test_damaged_files(tmp_path):
         file.write_bytes(damaged)
         with pytest.raises(DataError, match=r"data\.npz"):
             read_npz(file)
+
+
+class TestMaps:
+    @given(
+        shape=st.lists(st.integers(1, 7), min_size=0, max_size=4).map(tuple),
+        dtype=st.sampled_from(["f4", ">f8", "u1", "?", "c16", "U3", "datetime64[s]"]),
+        order=st.sampled_from("CF"),
+        name=st.sampled_from(["x", "a_longer_name", "größe", "folder/x"]),
+    )
+    def test_stored_arrays_are_mapped_and_equal(self, tmp_path_factory, shape, dtype, order, name):
+        path = tmp_path_factory.mktemp("npz") / "d.npz"
+        want = np.asarray(RNG.integers(0, 2, shape).astype(dtype), order=order)
+        np.savez(path, **{"first": np.arange(3), name: want})
+        got = load_arrays(path)[name]
+        assert isinstance(got, np.memmap)
+        assert not got.flags.writeable
+        assert got.dtype == want.dtype
+        assert got.flags.f_contiguous == want.flags.f_contiguous
+        np.testing.assert_array_equal(got, want)
+
+    def test_what_cannot_be_mapped_is_read(self, tmp_path):
+        np.savez_compressed(tmp_path / "small.npz", x=np.arange(5))
+        np.savez(tmp_path / "empty.npz", x=np.zeros((0, 3)))
+        with pytest.warns(UserWarning, match=r"format 3\.0"):
+            np.savez(tmp_path / "fields.npz", x=np.zeros(2, dtype=[("Größe Ω", "f4")]))
+        for name in ("small", "empty", "fields"):
+            with np.load(tmp_path / f"{name}.npz") as archive:
+                want = archive["x"]
+            got = load_arrays(tmp_path / f"{name}.npz")["x"]
+            assert not isinstance(got, np.memmap)
+            assert got.dtype == want.dtype
+            np.testing.assert_array_equal(got, want)
+
+    def test_batches_are_copies_that_may_be_written(self, tmp_path):
+        file = save(tmp_path, x=np.arange(6.0), y=np.arange(6))
+        first, second = (next(iter(read_npz(file, batch_size=3))).args[0] for _ in range(2))
+        assert type(first) is np.ndarray
+        assert first.flags.aligned
+        first[:] = -1
+        np.testing.assert_array_equal(second, np.arange(3.0))
+
+    @pytest.mark.parametrize(("save_as", "flat"), [(np.savez, True), (np.savez_compressed, False)])
+    def test_memory_stays_flat(self, tmp_path, save_as, flat):
+        """The negative control is the compressed file, which is held in memory."""
+        x = np.zeros((4000, 1000), np.float32)
+        save_as(tmp_path / "d.npz", x=x)
+        tracemalloc.start()
+        for _ in read_npz(tmp_path / "d.npz", batch_size=10):
+            pass
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert (peak < x.nbytes / 4) == flat
+
+    def test_any_damage_to_a_stored_array_is_found(self, tmp_path):
+        path = save(tmp_path, x=np.arange(300_000, dtype=np.float64))
+        content = path.read_bytes()
+        start = content.index(b"\x93NUMPY")
+        for place in (start + 3, start + 130, start + 1_500_000):
+            broken = bytearray(content)
+            broken[place] ^= 1
+            path.write_bytes(broken)
+            with pytest.raises(DataError, match=r"data\.npz cannot be read"):
+                read_npz(path)
+
+    def test_a_header_that_says_more_than_there_is(self, tmp_path):
+        path = tmp_path / "data.npz"
+        array = io.BytesIO()
+        np.save(array, np.zeros(10))
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("x.npy", array.getvalue().replace(b"(10,)", b"(99,)"))
+        with pytest.raises(DataError, match=r"data\.npz cannot be read"):
+            read_npz(path)
 
 
 class TestImages:

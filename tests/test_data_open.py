@@ -41,19 +41,14 @@ def test_paths_and_batch_sizes(place):
     assert len(open_data(str(place / "images"), batch_size=2)) == 2
 
 
-@pytest.mark.parametrize("word", ["hf:imagenet", "train.parquet", "shards/00.tar", "shards/*.tar"])
-def test_kinds_for_later_versions(place, word):
-    with pytest.raises(DataError, match="does not read data of this kind yet") as caught:
-        open_data(word)
-    assert "module:function" in caught.value.hint
-
-
 @pytest.mark.parametrize(
     ("word", "hint"),
     [
         ("date.npz", "data.npz"),
         ("image", "images"),
         ("nowhere/data.npz", "random:N"),
+        ("dat.parquet", "random:N"),
+        ("shards/*.tar", "random:N"),
         ("nothing_like_it", "random:N"),
         ("array.npy", "np.savez"),
         ("notes.txt", "random:N"),
@@ -77,14 +72,18 @@ def test_random_needs_a_number(place, word):
 
 
 def test_options_that_are_off_or_do_not_fit(place):
-    for options in ({"batch_size": 0}, {"limit": 0}, {"limit": -2}):
-        with pytest.raises(UsageError, match=r"the (batch size|limit) is"):
+    for options in ({"batch_size": 0}, {"limit": 0}, {"limit": -2}, {"workers": -1}):
+        with pytest.raises(UsageError, match=r"the (batch size|limit|number of workers) is"):
             open_data("data.npz", **options)
     for word in ("random:4", "loader_word:make"):
         with pytest.raises(UsageError, match="--preprocess is for images"):
             open_data(word, preprocess=Preprocess(), inputs=(InputSpec((1, 2)),))
     with pytest.raises(UsageError, match="need the shapes"):
         open_data("random:4")
+    for word in ("hf:", "hf::test"):
+        with pytest.raises(UsageError, match="names no dataset") as caught:
+            open_data(word)
+        assert "hf:" in caught.value.hint
 
 
 def test_reading_data_needs_neither_torch_nor_onnxruntime(place):

@@ -24,7 +24,8 @@ def picture(height, width, channels=3):
 
 
 def apply(preprocess, *images):
-    return preprocess.apply((f"{i}.png", image) for i, image in enumerate(images))
+    names = [f"{i}.png" for i in range(len(images))]
+    return preprocess.batch([preprocess.pixels(image, name) for image, name in zip(images, names, strict=True)], names)
 
 
 class TestSteps:

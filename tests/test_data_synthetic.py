@@ -75,6 +75,19 @@ def test_passes_and_seeds():
     assert not np.array_equal(other, one[0])
 
 
+def test_a_share_is_part_of_the_whole():
+    specs = (InputSpec((1, 4)), InputSpec((2,), "fixed"))
+    batches = random_batches(11, specs, batch_size=2)
+    whole = list(batches)
+    assert len(np.unique(np.concatenate([b.args[0] for b in whole]), axis=0)) == 11
+    share = list(batches.every(1, 3))
+    assert [index for index, _ in share] == [1, 4]
+    for index, batch in share:
+        assert batch.start == 2 * index
+        np.testing.assert_array_equal(batch.args[0], whole[index].args[0])
+        np.testing.assert_array_equal(batch.kwargs["fixed"], whole[0].kwargs["fixed"])
+
+
 def test_inputs_are_independent_of_each_other():
     batch = random_batch((InputSpec((100,)), InputSpec((100,))))
     assert not np.array_equal(*batch.args)

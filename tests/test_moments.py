@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from bnctl.engines.torch.recalibration.activations import activation_moments
+from bnctl.engines.torch.recalibration.activations import activation_seen
 from bnctl.numerics.moments import Moments, merge_all
 
 VALUES = st.floats(-1e3, 1e3, width=32)
@@ -122,21 +122,21 @@ def test_activation_moments_do_not_depend_on_chunks(
 ) -> None:
     x = torch.randn(shape[:ndim], generator=torch.Generator().manual_seed(chunk)).to(dtype)
     kept = x.clone()
-    assert_same(activation_moments(x, chunk_elements=chunk), Moments.of(x.double().numpy()))
+    assert_same(activation_seen(x, chunk_elements=chunk).values, Moments.of(x.double().numpy()))
     assert torch.equal(x, kept)
 
 
 def test_activation_moments_of_other_layouts() -> None:
     x = torch.randn(3, 4, 5, 6).to(memory_format=torch.channels_last)
-    assert_same(activation_moments(x), Moments.of(x.numpy()))
-    assert_same(activation_moments(x.transpose(2, 3)[:, ::2]), Moments.of(x.numpy()[:, ::2]))
+    assert_same(activation_seen(x).values, Moments.of(x.numpy()))
+    assert_same(activation_seen(x.transpose(2, 3)[:, ::2]).values, Moments.of(x.numpy()[:, ::2]))
 
 
 def test_per_instance_moments_are_those_that_instance_norm_tracks() -> None:
     x = torch.randn(6, 3, 8, 8) + torch.arange(6.0)[:, None, None, None]
-    moments = activation_moments(x, per_instance=True)
+    moments = activation_seen(x, per_instance=True).values
     norm = torch.nn.InstanceNorm2d(3, track_running_stats=True, momentum=1.0)
     norm(x)
     np.testing.assert_allclose(moments.mean, norm.running_mean.numpy(), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(moments.variance() * 64 / 63, norm.running_var.numpy(), rtol=1e-5)
-    assert moments.variance().max() < activation_moments(x).variance().min()
+    assert moments.variance().max() < activation_seen(x).values.variance().min()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,12 +21,12 @@ from torch import nn
 from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from bnctl.data.batches import Batch, as_batches
-from bnctl.engines.torch.recalibrate import recalibrate
-from bnctl.engines.torch.recalibration import memory
+from bnctl.engines.torch import recalibrate as engine
+from bnctl.engines.torch.recalibration import memory, schedules
 from bnctl.engines.torch.recalibration.memory import LiveStorages
 from bnctl.engines.torch.recalibration.operators import inference
-from bnctl.engines.torch.recalibration.strand import Strand
-from bnctl.engines.torch.recalibration.workbench import Workbench
+from bnctl.engines.torch.recalibration.strand import Crew, Strand
+from bnctl.engines.torch.recalibration.twins import Twins
 from bnctl.errors import DataError, ModelError, UsageError
 from bnctl.models.importing import import_module
 from bnctl.numerics.moments import Moments
@@ -44,6 +45,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def recalibrate(model: nn.Module, batches: Iterable[Any], **how: Any) -> tuple[nn.Module, list[SiteStatistics], int]:
+    """Three batches at a time, so that every test runs strands side by side."""
+    found = engine.recalibrate(model, batches, **{"threads": 3, **how})
+    return found.model, found.sites, found.samples
 
 
 def conv(channels_in: int, channels: int) -> nn.Conv2d:
@@ -316,6 +323,13 @@ def test_batch_is_the_naive_reference() -> None:
     assert sites[1].self_consistency > 1e-3  # small batches
 
 
+@pytest.fixture
+def probe_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (engine, schedules):
+        monkeypatch.setattr(module, "PROBE", 1)
+
+
+@pytest.mark.usefixtures("probe_all")
 def test_batch_self_consistency_is_what_the_eval_graph_produces() -> None:
     net, batches = make(Plain), split(images().double(), 5)
     result, sites, _ = recalibrate(net, batches, method="batch")
@@ -369,7 +383,7 @@ def test_mean_much_larger_than_standard_deviation() -> None:
 def test_forwards_in_lockstep_need_modules_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative control: batches that share a module overwrite what it keeps between its layers."""
     net, batches = make(Stashing), split(images(20).double(), 5)
-    monkeypatch.setattr(Workbench, "twin", lambda bench: bench.model)
+    monkeypatch.setattr(Twins, "one", lambda twins: nullcontext(twins._model))
     assert error(recalibrate(net, batches)[0], reference(net, batches)) > 1e-3
 
 
@@ -396,12 +410,33 @@ def strand_of(*values: int, at_end: BaseException | None = None) -> tuple[Strand
 
 def test_strand_takes_turns_with_its_owner() -> None:
     strand, log = strand_of(1, 2)
-    assert [strand.resume(), strand.resume()] == [1, 2]
+    crew = Crew(1)
+    assert [run.value for _ in range(2) for run in crew.run([strand])] == [1, 2]
     assert log == []
-    assert strand.resume() is None
+    assert [run.value for run in crew.run([strand])] == [None]
     assert log == ["unwound"]
     strand.close()
     strand.close()
+
+
+def test_a_crew_has_so_many_hands() -> None:
+    """Strands are taken from the iterable only when there is a hand free, and all come back."""
+    running, most, lock = 0, 0, threading.Lock()
+
+    def body(pause: Callable[[int], None]) -> None:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        threading.Event().wait(0.01)
+        with lock:
+            running -= 1
+        pause(1)
+
+    strands = [Strand(body) for _ in range(12)]
+    assert len(set(Crew(3).run(strands))) == 12
+    assert 2 <= most <= 3
+    assert all(strand.value is None for strand in Crew(3).run(strands))
 
 
 @pytest.mark.parametrize("resumed", [0, 1, 2])
@@ -409,7 +444,7 @@ def test_closing_a_strand_unwinds_it(resumed: int) -> None:
     threads = threading.active_count()
     strand, log = strand_of(1, 2, 3)
     for _ in range(resumed):
-        strand.resume()
+        list(Crew(1).run([strand]))
     strand.close()
     assert log == (["unwound"] if resumed else [])
     assert threading.active_count() == threads
@@ -418,10 +453,14 @@ def test_closing_a_strand_unwinds_it(resumed: int) -> None:
 @pytest.mark.parametrize("error", [ValueError("in the body"), KeyboardInterrupt()])
 def test_strand_hands_errors_to_its_owner(error: BaseException) -> None:
     strand, _ = strand_of(1, at_end=error)
-    assert strand.resume() == 1
+    others = [strand_of(1, 2)[0] for _ in range(4)]
+    list(Crew(2).run([strand, *others]))
+    threads = threading.active_count()
     with pytest.raises(type(error)):
-        strand.resume()
-    strand.close()
+        list(Crew(2).run([strand, *others]))
+    for other in others:
+        other.close()
+    assert threading.active_count() == threads - 5
 
 
 class Interrupting(Plain):
@@ -728,7 +767,7 @@ def test_no_norm() -> None:
 
 @pytest.mark.parametrize("method", ["exact", "batch"])
 def test_empty_loader(method: Any) -> None:
-    with pytest.raises(DataError, match="no batch"):
+    with pytest.raises(DataError, match="no samples"):
         recalibrate(Plain(), [], method=method)
 
 
@@ -782,12 +821,12 @@ def test_a_generator_is_noticed() -> None:
     with pytest.raises(DataError, match="second pass"):
         recalibrate(Plain(), as_batches(part for part in images().split(5)), method="batch")
     with pytest.raises(DataError, match="23 samples in the first pass and 10 in a later one"):
-        recalibrate(Plain(), _Shrinking(), method="batch")
+        recalibrate(Plain(), _Shrinking(), memory_bytes=0)
 
 
 class _Shrinking:
     def __init__(self) -> None:
-        self.samples = [23, 10]
+        self.samples = [23, 23, 10]
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(split(images(self.samples.pop(0)), 5))
@@ -873,7 +912,7 @@ class Raising:
 def test_a_loader_that_raises_leaves_nothing_behind(what: BaseException, how: dict[str, Any], passes: int) -> None:
     net = make(Plain, double=False).train()
     before, random_state = snapshot(net), torch.get_rng_state()
-    with pytest.raises(type(what)):
+    with pytest.raises(KeyboardInterrupt if isinstance(what, KeyboardInterrupt) else DataError):
         recalibrate(net, Raising(what, passes), **how)
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random_state)
@@ -907,8 +946,8 @@ def test_a_model_that_cannot_be_copied() -> None:
 
 
 def test_unknown_method_and_device() -> None:
-    with pytest.raises(UsageError, match="'ema'"):
-        recalibrate(Plain(), split(images(), 5), method="ema")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="'mean'"):
+        recalibrate(Plain(), split(images(), 5), method="mean")
     with pytest.raises(UsageError, match="cannot use device 'nowhere'"):
         recalibrate(Plain(), split(images(), 5), device="nowhere")
 
@@ -947,7 +986,7 @@ def test_drift_of_channels_without_variance() -> None:
 
 
 def test_discrepancy_is_in_units_of_the_layer() -> None:
-    produced = Moments(4, np.array([1.0, 2.0]), np.array([16.0, 4.0]))  # variances 4 and 1
+    produced = np.array([1.0, 2.0]), np.array([4.0, 1.0])
     assert discrepancy((np.array([1.0, 2.0]), np.array([4.0, 1.0])), produced, 0.0) == 0
     assert discrepancy((np.array([1.5, 2.0]), np.array([4.0, 1.0])), produced, 0.0) == pytest.approx(0.25)
     assert discrepancy((np.array([1.0, 2.0]), np.array([4.0, 1.2])), produced, 0.0) == pytest.approx(0.2)

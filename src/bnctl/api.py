@@ -137,23 +137,28 @@ def recalibrate(
     model: Any,
     data: Iterable[Any],
     *,
-    method: Literal["exact", "batch"] = "exact",
+    method: Literal["exact", "batch", "ema"] = "exact",
     where: Globs = None,
     skip: Globs = None,
+    prior: float = 0.0,
+    until: float | None = None,
 ) -> Result:
     """New running statistics from data.
 
     Args:
-        model: an ``nn.Module`` or a MODEL word.
-        data: batches, gone through more than once.
+        model: as for :func:`fold`.
+        data: batches, gone through more than once; labels are not used.
         method: "exact": statistics of activations that already went through the final statistics of the layers before; "batch": every layer normalises with the
-            statistics of its own batch (Ioffe & Szegedy 2015, algorithm 2).
+            statistics of its own batch (Ioffe & Szegedy 2015, algorithm 2); "ema": as training would leave them.
         where, skip: globs over layer names.
+        prior: old statistics count as so many more samples (Schneider et al. 2020).
+        until: use no more of the data than it takes to know every channel's mean to so many standard deviations.
     """
-    from bnctl.commands.recalibrate import recalibrate_model
+    from bnctl.commands.recalibrate import Recalibration, recalibrate_model
 
     opened = as_model(model)
-    outcome = recalibrate_model(opened, as_batches(data), method=method, selection=Selection(where, skip))
+    how = Recalibration(method=method, selection=Selection(where, skip), prior=prior, until=until)
+    outcome = recalibrate_model(opened, as_batches(data), how)
     return Result(_as_given(model, outcome.model), outcome.report, outcome.model)
 
 

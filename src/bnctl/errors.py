@@ -7,6 +7,7 @@
     │   │   └── UntrustedError      2     the file would run code, and nobody said it may
     │   ├── DataError               2     the data cannot be read, or do not fit the model
     │   └── OverflowInFoldError     2     folded parameters do not fit the dtype of the layer
+    ├── WorkerError                 2   another process of the run has failed, or is gone
     ├── EquivalenceError            1   the surgery changed the function: nothing was written
     └── Interrupted               130   by Ctrl-C; half-written outputs are gone
 
@@ -73,6 +74,12 @@ class DataError(InputError):
 
 class OverflowInFoldError(InputError):
     """Folded parameters do not fit the dtype of the layer (BN115)."""
+
+
+class WorkerError(BnctlError):
+    """Another process of the run has failed, or is gone; the message names it."""
+
+    exit_code = ExitCode.USAGE
 
 
 class EquivalenceError(BnctlError):

@@ -129,18 +129,70 @@ def recalibrate(
     model: options.ModelWord,
     output: options.Output = None,
     method: Annotated[
-        options.Method, typer.Option("--method", help="exact, or batch (PreciseBN)")
+        options.Method, typer.Option("--method", help="exact, batch (PreciseBN), or ema (as training would)")
     ] = options.Method.EXACT,
     where: options.Where = None,
     skip: options.Skip = None,
+    prior: Annotated[
+        str | None,
+        typer.Option("--prior", metavar="N|auto", help="old statistics count as N samples; auto: by held-out accuracy"),
+    ] = None,
+    until: Annotated[
+        float | None,
+        typer.Option(
+            "--until", metavar="X", help="stop when every mean is known to X standard deviations, such as 0.01"
+        ),
+    ] = None,
+    augment: Annotated[
+        str | None,
+        typer.Option(
+            "--augment", metavar="WORD", help="training-time transform of each sample, package.module:callable"
+        ),
+    ] = None,
+    hold_out: Annotated[
+        int, typer.Option("--hold-out", metavar="N", min=0, help="one labelled sample in N judges the result; 0: none")
+    ] = 5,
+    max_drop: Annotated[
+        float | None,
+        typer.Option("--max-drop", metavar="PP", help="write nothing unless accuracy falls by at most PP points"),
+    ] = None,
+    on_bad_batch: Annotated[
+        options.OnBadBatch, typer.Option("--on-bad-batch", help="what to do about NaN and infinity in the data")
+    ] = options.OnBadBatch.REFUSE,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory", metavar="BYTES", help="for paused forward passes, such as 4G; else half of what is free"
+        ),
+    ] = None,
+    autocast: Annotated[
+        options.Autocast | None, typer.Option("--autocast", help="run operators that do not mind in this type")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on where an interrupted run stopped")] = False,
     force: options.Force = False,
     dry_run: options.DryRun = False,
 ) -> Report:
-    """New running statistics from data."""
-    from bnctl.commands.recalibrate import run_recalibrate
+    """New running statistics from data; under torchrun, with the data shared among the workers."""
+    from bnctl.commands.recalibrate import Recalibration, run_recalibrate
 
-    target = Target.of(output, force=force, dry_run=dry_run)
-    return run_recalibrate(model, target, setup, method=method.value, selection=Selection(where, skip))
+    if hold_out == 1:
+        raise UsageError(
+            "--hold-out 1 would leave no sample to recalibrate on", hint="for example --hold-out 5, or 0 for none"
+        )
+    how = Recalibration(
+        method=method.value,
+        selection=Selection(where, skip),
+        prior=options.parse_prior(prior),
+        until=until,
+        on_bad_batch=on_bad_batch.value,
+        memory_bytes=options.parse_bytes(memory),
+        autocast=None if autocast is None else autocast.value,
+        hold_out=hold_out,
+        max_drop_pp=max_drop,
+        augment=augment,
+        resume=resume,
+    )
+    return run_recalibrate(model, Target.of(output, force=force, dry_run=dry_run), setup, how)
 
 
 @app.command()

@@ -11,7 +11,7 @@ import typer
 
 from bnctl.cli import options
 from bnctl.cli.options import Format
-from bnctl.cli.output import progress_bar, write_report
+from bnctl.cli.output import is_first_worker, progress_bar, write_report
 from bnctl.commands.setup import Progress, Setup
 from bnctl.report import Report
 
@@ -28,6 +28,7 @@ def _common(
     preprocess: options.Preprocess = None,
     batch_size: options.BatchSize = 32,
     limit: options.Limit = None,
+    workers: options.DataWorkers = 0,
     seed: options.Seed = 0,
     json: options.AsJson = False,
     format: options.FormatOption = Format.HUMAN,
@@ -50,9 +51,11 @@ def reporting(command: Callable[..., Report]) -> Callable[..., None]:
         shared = context.find_root().obj
         form = Format.JSON if common["json"] else common["format"]
         shared["json"] = form is Format.JSON  # also where a file or the environment asks for it
-        with progress_bar(show=not common["quiet"]) as progress:
+        speaks = is_first_worker()
+        with progress_bar(show=speaks and not common["quiet"]) as progress:
             report = command(_setup(common, shared["trusted-factories"], progress), **given)
-        write_report(report, form, quiet=common["quiet"], verbose=common["verbose"])
+        if speaks:
+            write_report(report, form, quiet=common["quiet"], verbose=common["verbose"])
         raise typer.Exit(report.exit_code)
 
     keyword = inspect.Parameter.KEYWORD_ONLY
@@ -78,6 +81,7 @@ def _setup(common: dict[str, Any], trusted_factories: tuple[str, ...], progress:
         preprocess=common["preprocess"],
         batch_size=common["batch_size"],
         limit=common["limit"],
+        workers=common["workers"],
         seed=common["seed"],
         device=common["device"].value,
         threads=common["threads"],

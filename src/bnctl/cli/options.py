@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -34,6 +35,21 @@ class Method(StrEnum):
 
     EXACT = "exact"
     BATCH = "batch"
+    EMA = "ema"
+
+
+class OnBadBatch(StrEnum):
+    """What to do about a batch that holds NaN or infinity."""
+
+    REFUSE = "refuse"
+    SKIP = "skip"
+
+
+class Autocast(StrEnum):
+    """Type in which operators run that do not mind."""
+
+    BF16 = "bf16"
+    FP16 = "fp16"
 
 
 _MODEL = "Model"
@@ -103,7 +119,7 @@ Data = Annotated[
     typer.Option(
         "--data",
         metavar="WORD",
-        help="folder/, file.npz, package.module:loader, or random:N with --input",
+        help="folder/, file.npz, file.parquet, shards/*.tar, hf:NAME, package.module:loader, or random:N with --input",
         rich_help_panel=_DATA,
     ),
 ]
@@ -118,6 +134,9 @@ BatchSize = Annotated[
 ]
 Limit = Annotated[
     int | None, typer.Option("--limit", metavar="N", min=1, help="use at most this many samples", rich_help_panel=_DATA)
+]
+DataWorkers = Annotated[
+    int, typer.Option("--workers", metavar="N", min=0, help="threads that decode images ahead", rich_help_panel=_DATA)
 ]
 Seed = Annotated[
     int, typer.Option("--seed", metavar="N", help="of synthetic data and random orders", rich_help_panel=_DATA)
@@ -158,3 +177,33 @@ def parse_model_args(words: list[str] | None) -> dict[str, Any]:
         except json.JSONDecodeError:
             found[key] = value
     return found
+
+
+def parse_bytes(word: str | None) -> int | None:
+    """A number of bytes: ``500M``, ``4G``, ``1.5GiB``, ``4000000``.
+
+    Raises:
+        UsageError: it has another form.
+    """
+    if word is None:
+        return None
+    found = re.fullmatch(r"(?P<number>\d+(\.\d*)?)\s*(?P<unit>[kmgt]?)(?P<binary>i?)b?", word.strip().lower())
+    if found is None or (found["binary"] and not found["unit"]):
+        raise UsageError(f"--memory {word}: not a number of bytes", hint="for example --memory 4G")
+    return int(float(found["number"]) * (1024 if found["binary"] else 1000) ** " kmgt".index(found["unit"] or " "))
+
+
+def parse_prior(word: str | None) -> float | Literal["auto"]:
+    """A number of samples, or "auto".
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if word == "auto":
+        return "auto"
+    try:
+        return 0.0 if word is None else float(word)
+    except ValueError:
+        raise UsageError(
+            f"--prior {word}: neither a number of samples nor auto", hint="for example --prior 256"
+        ) from None

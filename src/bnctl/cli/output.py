@@ -10,11 +10,16 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from bnctl.cli.options import Format
-from bnctl.errors import BnctlError
+from bnctl.errors import BnctlError, WorkerError
 
 if TYPE_CHECKING:
     from bnctl.commands.setup import Progress
     from bnctl.report import Report
+
+
+def is_first_worker() -> bool:
+    """Whether this process speaks: all but one of the workers that torchrun started are silent."""
+    return os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
 
 
 def write_report(report: Report, form: Format, *, quiet: bool, verbose: bool) -> None:
@@ -59,6 +64,10 @@ def write_error(error: BnctlError, *, as_json: bool, command: str) -> None:
     from rich.console import Console
     from rich.text import Text
 
+    if not is_first_worker():
+        if isinstance(error, WorkerError):
+            return  # the other one says it, and so does the first
+        as_json = False
     text = Text("error: ", style="bold red").append(error.message, style="default not bold")
     if error.hint:
         text.append("\n hint: ", style="bold").append(error.hint, style="default not bold")
@@ -95,14 +104,31 @@ def progress_bar(*, show: bool) -> Iterator[Progress]:
         yield no_progress
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        SpinnerColumn,
+        Task,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text("" if not task.speed else f"{task.speed:.1f}/s")
 
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        Rate(),
         TimeElapsedColumn(),
+        TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         tasks: dict[str, Any] = {}

@@ -53,6 +53,14 @@ RECALIBRATE = (
          "The layer is called several times in a pass, or in different orders by different batches, so its statistics depend on themselves. The iteration "
          "ended before they agreed with what they produce; self_consistency says by how much.",
          "Look at self_consistency: below 1e-3 it hardly matters. Else give each call a layer of its own."),
+    Code("BN307", "statistics merged with gamma and beta",
+         "The ONNX graph scales and shifts each channel by constants. If that was a BatchNorm, mean and variance were multiplied into gamma and beta when the "
+         "model was exported, and cannot be told from them.",
+         "Nothing to do if it never was one. Else recalibrate the model that it was exported from, or export it without optimisation."),
+    Code("BN308", "out of reach",
+         "The BatchNormalization stands in the body of an If, Loop or Scan, or in a local function that cannot be inlined: what comes there, and how often, "
+         "is not seen from outside. Or its statistics vary over positions (spatial=0 before opset 9).",
+         "Recalibrate the model that it was exported from; inline the functions (onnx.inliner) where that is what holds the layer."),
 )  # fmt: skip
 
 CHECK = (

@@ -15,9 +15,10 @@ from bnctl.bench.spec import LatencyOptions
 from bnctl.commands.bench import run_bench_command
 from bnctl.commands.export import run_export
 from bnctl.commands.fold import run_fold
+from bnctl.commands.guard import HOLD_OUT
 from bnctl.commands.insert import run_insert
 from bnctl.commands.inspect import run_inspect
-from bnctl.commands.recalibrate import run_recalibrate
+from bnctl.commands.recalibrate import Recalibration, run_recalibrate
 from bnctl.commands.setup import Progress, Setup
 from bnctl.commands.verify import run_verify
 from bnctl.errors import ExitCode, UsageError
@@ -144,9 +145,7 @@ def _steps(folder: Path) -> list[Step]:
         Step(
             "The camera changed: less contrast, more noise. Recalibrate the statistics on unlabelled images of the new kind.",
             ["recalibrate", bn, "--data", shifted, "-o", str(folder / "recalibrated")],
-            lambda tell: run_recalibrate(
-                bn, at("recalibrated"), on(shifted, tell), method="exact", selection=everything
-            ),
+            lambda tell: run_recalibrate(bn, at("recalibrated"), on(shifted, tell), Recalibration(hold_out=HOLD_OUT)),
         ),
         Step(
             "And ship that: ONNX, BatchNorm folded.",

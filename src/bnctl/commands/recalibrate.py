@@ -2,95 +2,336 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterable
-from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
+from bnctl.commands import guard
 from bnctl.commands.fold import Outcome
 from bnctl.commands.setup import Progress, Setup, no_progress
-from bnctl.data.batches import first_of
+from bnctl.data.batches import as_batches, first_of
 from bnctl.errors import UsageError
 from bnctl.models.save import Target
+from bnctl.recalibration.partial import Partial
+from bnctl.recalibration.workers import Alone, Workers
 from bnctl.report import Artifact, Report, Site
 from bnctl.selection import Selection
 
 if TYPE_CHECKING:
-    from bnctl.data.batches import Batch
+    from bnctl.data.batches import Batch, Batches
     from bnctl.models.model import Model
     from bnctl.recalibration.statistics import SiteStatistics
 
-Method = Literal["exact", "batch"]
+Method = Literal["exact", "batch", "ema"]
+
+FEW = 0.1
+"""A mean that is known to so many standard deviations only is worth a word."""
+
+WEIGHTS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9)
+"""Weights of the old statistics that ``--prior auto`` tries."""
+
+
+@dataclass(frozen=True)
+class Recalibration:
+    """How to recalibrate.
+
+    Args:
+        method: see :func:`bnctl.engines.torch.recalibrate.recalibrate`.
+        selection: which layers.
+        prior: old statistics count as so many samples; "auto": the number with the best accuracy on samples held out.
+        until: standard error of the means, in standard deviations, at which the data are enough.
+        on_bad_batch: what to do about NaN and infinity in the data.
+        memory_bytes: what paused forward passes may hold; None: half of what is free.
+        autocast: type of operators that do not mind: "bf16" or "fp16".
+        hold_out: one labelled sample in so many judges the result and is not used for it; 0: none.
+        max_drop_pp: most that accuracy may fall; else nothing is written.
+        augment: ``package.module:callable``, applied to each sample.
+        resume: go on where an interrupted run stopped.
+    """
+
+    method: Method = "exact"
+    selection: Selection = field(default_factory=Selection)
+    prior: float | Literal["auto"] = 0.0
+    until: float | None = None
+    on_bad_batch: Literal["refuse", "skip"] = "refuse"
+    memory_bytes: int | None = None
+    autocast: Literal["bf16", "fp16"] | None = None
+    hold_out: int = 0
+    max_drop_pp: float | None = None
+    augment: str | None = None
+    resume: bool = False
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the work is done.
+
+    Args:
+        device: "cpu" or "cuda".
+        threads: batches, or operators, that are run at a time; None: as many as the runtime takes.
+        workers: processes that share the batches.
+        partial: keeps what is known, for a run that is interrupted.
+        progress: is told how far it is.
+    """
+
+    device: str = "cpu"
+    threads: int | None = None
+    workers: Workers = field(default_factory=Alone)
+    partial: Partial = field(default_factory=Partial)
+    progress: Progress = no_progress
 
 
 def recalibrate_model(
     model: Model,
     batches: Iterable[Batch],
+    how: Recalibration | None = None,
+    place: Place | None = None,
     *,
-    method: Method = "exact",
-    selection: Selection | None = None,
-    device: str = "cpu",
-    progress: Progress = no_progress,
+    seed: int = 0,
 ) -> Outcome:
-    """Give every BatchNorm the statistics that inference on these data will see.
+    """Give every BatchNorm the statistics that inference on these data will see, and judge the result where there are labels to judge by.
 
     Raises:
         DataError: there are no data, or they are not finite.
         ModelError: the model has no BatchNorm, or fails on the data.
-        UsageError: the model is an ONNX file.
+        UsageError: options do not go together, with each other or with this kind of model.
+        WorkerError: another process failed.
     """
+    started = time.perf_counter()
+    how, place = how or Recalibration(), place or Place()
+    needed = "--max-drop" if how.max_drop_pp is not None else "--prior auto" if how.prior == "auto" else None
+    used, held_out = as_batches(batches), None
+    if how.hold_out or needed:
+        used, held_out = guard.split(used, how.hold_out, needed=needed)
+    if how.augment is not None:
+        from bnctl.data.augment import augmented, load_transform
+
+        used = augmented(used, load_transform(how.augment), seed=seed, name=how.augment)
+    tried: list[dict[str, float]] = []
+    if how.prior == "auto":
+        from bnctl.data.holdout import hold_out
+
+        assert held_out is not None
+        chosen_by, held_out = hold_out(held_out, 2)
+        how, tried = _with_best_prior(model, used, chosen_by, how, place)
+    found = _on_engine(model, used, how, place)
+    new = replace(model, native=found.native, program=None)
+    judged = guard.Judged()
+    if held_out is not None:
+        judge = guard.judge if place.workers.rank == 0 else None
+        own = None if judge is None else judge(model, new, held_out, how.max_drop_pp)
+        judged = place.workers.share(own, lambda of_workers: of_workers[0]) or judged
+    summary: dict[str, Any] = {
+        "found": len(found.sites),
+        "recalibrated": sum(s.action == "recalibrated" for s in found.sites),
+        "left": sum(s.action == "left" for s in found.sites),
+        "samples": found.samples,
+        "method": how.method,
+    }
+    if how.prior:
+        summary["prior"] = how.prior
+    if found.enough is not None:
+        summary["enough"] = found.enough
+    details: dict[str, Any] = {"standard_error": found.standard_error, "skipped_batches": found.skipped}
+    if tried:
+        details["priors"] = tried
+    report = Report(
+        "recalibrate",
+        Artifact(model.word, model.sha256),
+        sites=tuple(_site(site) for site in found.sites),
+        summary=summary,
+        details={**details, **judged.details()},
+        notes=(*_notes(found, how, judged), *judged.notes),
+        elapsed_s=time.perf_counter() - started,
+        exit_code=judged.exit_code,
+    )
+    return Outcome(new, report)
+
+
+def run_recalibrate(word: str, target: Target, setup: Setup, how: Recalibration) -> Report:
+    """The command: recalibrate a model and write it, if the guard lets it pass."""
+    started = time.perf_counter()
+    with _workers() as workers:
+        model = setup.open(word)
+        target.check(model.kind)
+        batches = setup.batches()
+        partial = Partial(_partial_path(target), _about(model, setup, how))
+        device = setup.device if setup.device == "cpu" or workers.size == 1 else f"cuda:{_local_rank()}"
+        place = Place(device, setup.threads, workers, partial, setup.progress)
+        outcome = recalibrate_model(model, batches, how, place, seed=setup.seed)
+        report = outcome.report
+        if workers.rank == 0 and report.exit_code == 0:
+            report = replace(report, output=target.save(outcome.model, first_of(batches)))
+        if workers.rank == 0:
+            partial.remove()
+        workers.share(None, len)  # nobody ends before the file is there
+    return replace(report, elapsed_s=time.perf_counter() - started)
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """What an engine returns, whichever it is."""
+
+    native: Any
+    sites: list[SiteStatistics]
+    samples: int
+    skipped: list[int]
+    standard_error: float
+    enough: bool | None
+
+
+def _on_engine(model: Model, batches: Batches, how: Recalibration, place: Place) -> _Found:
+    assert how.prior != "auto"
     if model.kind == "onnx":
-        raise UsageError(
-            f"{model.word}: this version recalibrates torch models only",
-            hint="recalibrate the torch model, then bnctl export",
-        )
+        return _on_onnx(model, batches, how, place)
     import torch
 
     from bnctl.engines.torch.engine import copy_module
     from bnctl.engines.torch.recalibrate import recalibrate
 
-    started = time.perf_counter()
-    selection = selection or Selection()
     module = copy_module(model.native, model.word) if isinstance(model.native, torch.fx.GraphModule) else model.native
     assert isinstance(module, torch.nn.Module)
-    new, sites, samples = recalibrate(
+    found = recalibrate(
         module,
         batches,
-        method=method,
-        where=selection.where or None,
-        skip=selection.skip or None,
-        device=device,
-        progress=progress,
+        method=how.method,
+        where=how.selection.where or None,
+        skip=how.selection.skip or None,
+        prior=how.prior,
+        until=how.until,
+        device=place.device,
+        threads=place.threads,
+        autocast=None if how.autocast is None else {"bf16": torch.bfloat16, "fp16": torch.float16}[how.autocast],
+        on_bad_batch=how.on_bad_batch,
+        progress=place.progress,
+        memory_bytes=how.memory_bytes,
+        workers=place.workers,
+        partial_file=place.partial,
+        resume=how.resume,
     )
-    selection.check(site.name for site in sites)
-    report = Report(
-        "recalibrate",
-        Artifact(model.word, model.sha256),
-        sites=tuple(_site(site) for site in sites),
-        summary={
-            "found": len(sites),
-            "recalibrated": sum(s.action == "recalibrated" for s in sites),
-            "left": sum(s.action == "left" for s in sites),
-            "samples": samples,
-            "method": method,
-        },
-        notes=("recalibration changes the function: check accuracy with bnctl bench before you ship it",),
-        elapsed_s=time.perf_counter() - started,
-    )
-    return Outcome(replace(model, native=new, program=None), report)
+    return _Found(found.model, found.sites, found.samples, found.skipped, found.standard_error, found.enough)
 
 
-def run_recalibrate(word: str, target: Target, setup: Setup, *, method: Method, selection: Selection) -> Report:
-    """The command: recalibrate a model and write it."""
-    started = time.perf_counter()
-    model = setup.open(word)
-    target.check(model.kind)
-    batches = setup.batches()
-    outcome = recalibrate_model(
-        model, batches, method=method, selection=selection, device=setup.device, progress=setup.progress
+def _on_onnx(model: Model, batches: Batches, how: Recalibration, place: Place) -> _Found:
+    given = {
+        "--until": how.until is not None,
+        "--autocast": how.autocast is not None,
+        "--on-bad-batch skip": how.on_bad_batch == "skip",
+        "--resume": how.resume,
+        "torchrun": place.workers.size > 1,
+        "--device cuda": place.device != "cpu",
+    }
+    for option, is_given in given.items():
+        if is_given:
+            raise UsageError(
+                f"{option} is for torch models, and {model.word} is an ONNX file",
+                hint=f"run without {option}, or recalibrate before the export",
+            )
+    from bnctl.engines.onnx.recalibrate import recalibrate
+
+    assert how.prior != "auto"
+    native: Any = model.native
+    new, sites, samples = recalibrate(
+        native,
+        batches,
+        method=how.method,
+        where=how.selection.where or None,
+        skip=how.selection.skip or None,
+        prior=how.prior,
+        threads=place.threads or 1,
+        progress=place.progress,
+        memory_bytes=how.memory_bytes,
+        name=model.word,
     )
-    output = target.save(outcome.model, first_of(batches))
-    return replace(outcome.report, output=output, elapsed_s=time.perf_counter() - started)
+    worst = max((site.standard_error or 0.0 for site in sites), default=0.0)
+    return _Found(new, sites, samples, [], worst, None)
+
+
+def _with_best_prior(
+    model: Model, used: Batches, chosen_by: Batches, how: Recalibration, place: Place
+) -> tuple[Recalibration, list[dict[str, float]]]:
+    """The prior with which samples held out are recognised best, and what was tried; of equals, the one that changes the model least."""
+    place = replace(place, partial=Partial())
+    tried: list[dict[str, float]] = []
+    samples = 0
+    for weight in WEIGHTS:
+        prior = round(samples * weight / (1 - weight))
+        found = _on_engine(model, used, replace(how, prior=float(prior), resume=False), place)
+        samples = found.samples
+        accuracy = 0.0
+        if place.workers.rank == 0:
+            rows = guard.accuracy_of([model, replace(model, native=found.native, program=None)], chosen_by).rows
+            if not rows:
+                raise UsageError(
+                    "--prior auto: the model has no output of class scores, (N, classes)", hint="give a number"
+                )
+            accuracy = rows[0].candidate_accuracy
+        tried.append({"prior": prior, "accuracy": place.workers.share(accuracy, lambda of_workers: of_workers[0])})
+    best = max(tried, key=lambda one: (one["accuracy"], one["prior"]))
+    return replace(how, prior=float(best["prior"])), tried
+
+
+def _notes(found: _Found, how: Recalibration, judged: guard.Judged) -> Iterator[str]:
+    if not judged.rows:
+        yield "recalibration changes the function: check accuracy with bnctl bench before you ship it"
+    if found.enough is False:
+        yield f"the data were too few for --until {how.until:g}: the worst channel's mean is known to {found.standard_error:.3g} standard deviations"
+    elif found.enough is None and found.standard_error > FEW:
+        yield (
+            f"few data: the worst channel's mean is known to {found.standard_error:.2g} standard deviations; for {FEW:g} it takes about "
+            f"{found.samples * (found.standard_error / FEW) ** 2:,.0f} samples (--until {FEW:g} stops when they are enough)"
+        )
+    if found.skipped:
+        yield f"{len(found.skipped)} batches hold NaN or infinity and were left out: {', '.join(map(str, found.skipped[:10]))}"
+    dead = sum(site.dead_channels for site in found.sites)
+    if dead:
+        yield f"{dead} channels do not vary at all on these data: their variance is 0, and eps alone keeps them finite"
+    if judged.gate is not None and not judged.passed:
+        yield f"nothing was written: {judged.gate.detail}"
+
+
+@contextmanager
+def _workers() -> Iterator[Workers]:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Alone()
+        return
+    from bnctl.engines.torch.recalibration.group import joined
+
+    with joined() as workers:
+        yield workers
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def _partial_path(target: Target) -> Path | None:
+    return None if target.path is None else target.path.with_name(f"{target.path.name}.partial")
+
+
+def _about(model: Model, setup: Setup, how: Recalibration) -> dict[str, Any]:
+    """What decides on the result: a run goes on only from one on the same."""
+    return {
+        "model": model.sha256 or model.word,
+        "data": setup.data,
+        "preprocess": None if setup.preprocess is None else setup.preprocess.read_text(encoding="utf-8"),
+        "batch size": setup.batch_size,
+        "limit": setup.limit,
+        "seed": setup.seed,
+        "method": how.method,
+        "where": list(how.selection.where),
+        "skip": list(how.selection.skip),
+        "prior": how.prior,
+        "until": how.until,
+        "bad batches": how.on_bad_batch,
+        "autocast": how.autocast,
+        "hold out": how.hold_out,
+        "augment": how.augment,
+    }
 
 
 def _site(site: SiteStatistics) -> Site:
@@ -98,6 +339,7 @@ def _site(site: SiteStatistics) -> Site:
     details = {
         "drift": drift,
         "self_consistency": site.self_consistency,
+        "standard_error": site.standard_error,
         "channels": site.channels,
         "count": site.count,
         "calls": site.calls,

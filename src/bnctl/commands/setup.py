@@ -38,6 +38,7 @@ class Setup:
         preprocess: file for image folders and uint8 images.
         batch_size: samples per batch.
         limit: at most this many samples.
+        workers: threads that decode images ahead.
         seed: of synthetic data and orders.
         device: "cpu" or "cuda".
         threads: intra-op threads.
@@ -54,6 +55,7 @@ class Setup:
     preprocess: Path | None = None
     batch_size: int = 32
     limit: int | None = None
+    workers: int = 0
     seed: int = 0
     device: str = "cpu"
     threads: int = 1
@@ -106,7 +108,7 @@ class Setup:
         if self.data is None:
             raise UsageError(
                 "this command needs data",
-                hint="give --data folder/, file.npz, package.module:loader or random:N with --input",
+                hint="give --data folder/, file.npz, file.parquet, shards/*.tar, hf:NAME, package.module:loader, or random:N with --input",
             )
         from bnctl.data.open import open_data
         from bnctl.data.preprocess import load_preprocess
@@ -119,6 +121,7 @@ class Setup:
             inputs=self.inputs,
             seed=self.seed,
             limit=self.limit,
+            workers=self.workers,
         )
 
     def example(self, model: Model) -> Batch:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -25,11 +26,13 @@ class Batch:
         args: positional inputs: numpy arrays, or tensors and containers as the user's loader gave them.
         kwargs: inputs by name.
         labels: class numbers (N,) int64, where known.
+        start: number of the first sample in the data; the others follow it.
     """
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     labels: NDArray[np.int64] | None = None
+    start: int = 0
 
     @property
     def size(self) -> int:
@@ -41,24 +44,37 @@ class Batch:
         lengths = (_length(value) for value in (*self.args, *self.kwargs.values()))
         return next((length for length in lengths if length is not None), 1)
 
-    def first(self, samples: int) -> Batch:
-        """The first samples of the batch: every part whose length is the batch's size is cut."""
+    def rows(self, indices: NDArray[np.int64]) -> Batch:
+        """Some samples of the batch, as copies: of every part whose length is the batch's size, those at `indices` (K,)."""
         size = self.size
-        return Batch(
-            tuple(_cut(value, size, samples) for value in self.args),
-            {name: _cut(value, size, samples) for name, value in self.kwargs.items()},
-            None if self.labels is None else self.labels[:samples],
+        return replace(
+            self,
+            args=tuple(_rows(value, size, indices) for value in self.args),
+            kwargs={name: _rows(value, size, indices) for name, value in self.kwargs.items()},
+            labels=None if self.labels is None else self.labels[indices],
         )
 
 
 @dataclass(frozen=True)
 class Batches:
-    """Batches that can be read again and again: each pass calls `read`."""
+    """Batches that can be read again and again.
 
-    read: Callable[[], Iterator[Batch]]
+    Attributes:
+        read: `read(first, step)` is one pass, over every `step`-th batch from `first` on, each with its number.
+    """
+
+    read: Callable[[int, int], Iterator[tuple[int, Batch]]]
 
     def __iter__(self) -> Iterator[Batch]:
-        return self.read()
+        return (batch for _, batch in self.every())
+
+    def every(self, first: int = 0, step: int = 1) -> Iterator[tuple[int, Batch]]:
+        """The batches number `first`, `first + step`, `first + 2 step`, ..., each with its number: the share of one worker out of `step`.
+
+        The others are neither read nor decoded where the source knows where its samples are (npz, folder, random); streams and
+        loaders are read in full.
+        """
+        return self.read(first, step)
 
 
 @dataclass(frozen=True)
@@ -69,6 +85,30 @@ class CountedBatches(Batches):
 
     def __len__(self) -> int:
         return self.count
+
+
+def located(samples: int, batch_size: int, read: Callable[[Iterable[slice]], Iterator[Batch]]) -> CountedBatches:
+    """Batches of a source that knows where its samples are: `read` makes the batches of the samples in some places.
+
+    The last batch may be smaller.
+    """
+    starts = range(0, samples, batch_size)
+
+    def every(first: int, step: int) -> Iterator[tuple[int, Batch]]:
+        share = starts[first::step]
+        numbers = range(first, len(starts), step)
+        yield from zip(numbers, read(slice(i, min(i + batch_size, samples)) for i in share), strict=True)
+
+    return CountedBatches(every, len(starts))
+
+
+def streamed(read: Callable[[], Iterator[Batch]], count: int | None = None) -> Batches:
+    """Batches of a source that is read from its start: `read` is one pass."""
+
+    def every(first: int, step: int) -> Iterator[tuple[int, Batch]]:
+        yield from islice(enumerate(read()), first, None, step)
+
+    return Batches(every) if count is None else CountedBatches(every, count)
 
 
 def as_batches(source: Iterable[Any], *, name: str = "data") -> Batches:
@@ -104,12 +144,11 @@ def as_batches(source: Iterable[Any], *, name: str = "data") -> Batches:
         return source
     require_items(source, name)
     items = _Once(source, name) if isinstance(source, Iterator) else source
-    count = _count(source)
 
     def read() -> Iterator[Batch]:
         return read_items(items, name)
 
-    return Batches(read) if count is None else CountedBatches(read, count)
+    return streamed(read, _count(source))
 
 
 def first_of(batches: Iterable[Batch]) -> Batch:
@@ -142,8 +181,8 @@ def read_items(items: Iterable[Any], name: str) -> Iterator[Batch]:
     for index, item in enumerate(_guarded(items, name)):
         batch = as_batch(item, where=f"{name}, batch {index}")
         if batch.size:
+            yield replace(batch, start=samples)
             samples += batch.size
-            yield batch
     if not samples:
         raise DataError(f"{name} holds no samples", hint="give data that are not empty")
 
@@ -178,16 +217,6 @@ def class_labels(value: Any) -> NDArray[np.int64] | None:
     if array.dtype.kind == "f" and not np.array_equal(array, np.rint(array)):
         return None
     return array.reshape(len(array)).astype(np.int64)
-
-
-def slices(samples: int, batch_size: int) -> Iterator[slice]:
-    """0 to `samples` in steps of `batch_size`; the last step may be shorter."""
-    return (slice(start, min(start + batch_size, samples)) for start in range(0, samples, batch_size))
-
-
-def batch_count(samples: int, batch_size: int) -> int:
-    """How many steps :func:`slices` takes."""
-    return -(-samples // batch_size)
 
 
 def spread(samples: int, limit: int | None) -> NDArray[np.int64]:
@@ -253,13 +282,16 @@ def _length(value: Any) -> int | None:
     return next((length for length in map(_length, inner) if length is not None), None)
 
 
-def _cut(value: Any, size: int, samples: int) -> Any:
-    if hasattr(value, "shape") or isinstance(value, (list, tuple)):
-        return value[:samples] if _length(value) == size else value
+def _rows(value: Any, size: int, indices: NDArray[np.int64]) -> Any:
+    if hasattr(value, "shape"):
+        return value[indices] if _length(value) == size else value
+    if isinstance(value, (list, tuple)):
+        chosen = (value[i] for i in indices)
+        return value if len(value) != size else list(chosen) if isinstance(value, list) else tuple(chosen)
     if isinstance(value, Mapping):
-        return {key: _cut(inner, size, samples) for key, inner in value.items()}
-    fields = {key: _cut(inner, size, samples) for key, inner in _fields(value).items()}
-    return dataclasses.replace(value, **fields) if fields else value
+        return {key: _rows(inner, size, indices) for key, inner in value.items()}
+    fields = {key: _rows(inner, size, indices) for key, inner in _fields(value).items()}
+    return replace(value, **fields) if fields else value
 
 
 def _fields(value: Any) -> dict[str, Any]:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bnctl.data.batches import Batch, CountedBatches, batch_count, slices, spread
+from bnctl.data.ahead import map_groups
+from bnctl.data.batches import Batch, CountedBatches, located, spread
+from bnctl.data.images import ImageFile
 from bnctl.data.preprocess import Preprocess
 from bnctl.errors import DataError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 _FORM = f"one subfolder per class with images ({', '.join(sorted(SUFFIXES))}) in it"
@@ -27,6 +25,7 @@ def read_folder(
     preprocess: Preprocess | None = None,
     seed: int = 0,
     limit: int | None = None,
+    workers: int = 0,
 ) -> CountedBatches:
     """Batches of the images in a folder.
 
@@ -40,6 +39,7 @@ def read_folder(
         preprocess: left out, images are RGB, (N, 3, H, W) float32 between 0 and 1.
         seed: of the order.
         limit: at most this many images, from all classes in proportion.
+        workers: threads that decode ahead; the batches are the same for any number.
 
     Raises:
         DataError: now: there are no images, or a class has none. During a pass: an image cannot be read, or does not have the
@@ -49,13 +49,17 @@ def read_folder(
     kept = np.random.default_rng(seed).permutation(spread(len(paths), limit))
     steps = preprocess or Preprocess()
 
-    def read() -> Iterator[Batch]:
-        for step in slices(len(kept), batch_size):
-            chosen = kept[step]
-            images = steps.apply(_decoded(paths[index] for index in chosen))
-            yield Batch((images,), {}, None if labels is None else labels[chosen])
+    def read(places: Iterable[slice]) -> Iterator[Batch]:
+        groups = (((place.start, kept[place]), [_image(paths[i]) for i in kept[place]]) for place in places)
+        for (start, chosen), pixels in map_groups(lambda image: image.pixels(steps), groups, workers=workers):
+            images = steps.batch(pixels, [str(paths[i]) for i in chosen])
+            yield Batch((images,), {}, None if labels is None else labels[chosen], start)
 
-    return CountedBatches(read, batch_count(len(kept), batch_size))
+    return located(len(kept), batch_size, read)
+
+
+def _image(path: Path) -> ImageFile:
+    return ImageFile(str(path), lambda: path.open("rb"))
 
 
 def _listing(folder: Path) -> tuple[list[Path], NDArray[np.int64] | None]:
@@ -77,20 +81,3 @@ def _listing(folder: Path) -> tuple[list[Path], NDArray[np.int64] | None]:
 
 def _images(paths: Iterable[Path]) -> list[Path]:
     return sorted(p for p in paths if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file())
-
-
-def _decoded(paths: Iterable[Path]) -> Iterator[tuple[str, Image]]:
-    from PIL import Image
-
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                image.load()
-        except (
-            OSError,
-            ValueError,
-            SyntaxError,
-            Image.DecompressionBombError,
-        ) as error:  # PIL's decoders raise all of these
-            raise DataError(f"{path} is not an image that can be read: {error}", hint="repair or remove it") from error
-        yield str(path), image

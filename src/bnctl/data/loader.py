@@ -7,7 +7,9 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from bnctl.data.batches import Batch, Batches, read_items, require_items
+import numpy as np
+
+from bnctl.data.batches import Batch, Batches, read_items, require_items, streamed
 from bnctl.errors import BnctlError, DataError
 
 _WORD = re.compile(r"(?P<module>[^\W\d]\w*(?:\.[^\W\d]\w*)*):(?P<attr>[^\W\d]\w*(?:\.[^\W\d]\w*)*)")
@@ -32,19 +34,19 @@ def read_loader(word: str, *, limit: int | None = None) -> Batches:
         DataError: now: the import fails, or there is no such callable. During a pass: the call or the iteration fails, or an
             item is no batch.
     """
-    call = _resolve(word)
+    call = resolve(word)
 
     def read() -> Iterator[Batch]:
         batches = read_items(_items(call, word), word)
         return batches if limit is None else _first(batches, limit)
 
-    return Batches(read)
+    return streamed(read)
 
 
 def _first(batches: Iterable[Batch], limit: int) -> Iterator[Batch]:
     left = limit
     for batch in batches:
-        yield batch if batch.size <= left else batch.first(left)
+        yield batch if batch.size <= left else batch.rows(np.arange(left))
         left -= batch.size
         if left <= 0:
             return
@@ -75,7 +77,12 @@ def _called(call: Callable[[], Any], word: str) -> Any:
         raise DataError(f"{word}() fails: {_cause(error)}", hint="it is called without arguments") from error
 
 
-def _resolve(word: str) -> Callable[[], Any]:
+def resolve(word: str) -> Callable[..., Any]:
+    """The callable that `package.module:callable` names; the current folder is importable.
+
+    Raises:
+        DataError: the import fails, or there is no such callable.
+    """
     from bnctl.models.importing import current_folder_importable, import_module
 
     module_name, _, attribute = word.partition(":")
@@ -95,7 +102,7 @@ def _resolve(word: str) -> Callable[[], Any]:
             raise DataError(f"{word}: {module_name} has no {attribute}", hint=hint)
         found = getattr(found, name)
     if not callable(found):
-        raise DataError(f"{word} is a {type(found).__name__}, not callable", hint="name a function that returns it")
+        raise DataError(f"{word} is a {type(found).__name__}, not callable", hint="name a function")
     return found  # type: ignore[no-any-return]
 
 

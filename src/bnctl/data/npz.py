@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 
-from bnctl.data.batches import LABEL_KEYS, Batch, CountedBatches, batch_count, class_labels, slices, spread
-from bnctl.data.preprocess import EXAMPLE, Preprocess, are_images
+from bnctl.data.batches import LABEL_KEYS, Batch, CountedBatches, class_labels, located, spread
+from bnctl.data.preprocess import Preprocess, image_arrays
+from bnctl.data.stored import map_arrays
 from bnctl.errors import DataError
 
 _FORM = "np.savez(file, x=inputs, y=class_numbers)"
@@ -27,8 +29,9 @@ def read_npz(
     `labels`, `target`, `targets`) are the class numbers. Axis 0 counts the samples everywhere.
 
     Images, that is uint8 arrays (N, H, W) or (N, H, W, C), need `preprocess`, and nothing else takes it: how pixels become
-    input is for the user to say (`{"dtype": "uint8", "layout": "NHWC"}`: not at all). The arrays are held in memory as they
-    are in the file; images are converted batch by batch.
+    input is for the user to say (`{"dtype": "uint8", "layout": "NHWC"}`: not at all). Images are converted batch by batch.
+    Arrays that `np.savez` stored stay in the file, which is read in full once for its checksums; those of `np.savez_compressed` are
+    held in memory.
 
     Args:
         path: the file.
@@ -40,53 +43,41 @@ def read_npz(
         DataError: the file is damaged or holds objects, an input is missing or of another length, labels are no class
             numbers, or images and `preprocess` do not come together.
     """
-    arrays = _load(path)
+    arrays = load_arrays(path)
     inputs, labels = _parts(arrays, path)
     samples = _same_length(arrays, path)
-    images = {name for name, array in inputs.items() if are_images(array)}
-    if images and preprocess is None:
-        name = min(images)
-        raise DataError(
-            f"{path}: {name} holds uint8 images of shape {inputs[name].shape}, and nothing says how they become input",
-            hint=f"give --preprocess file.json, for instance {EXAMPLE}",
-        )
-    if preprocess is not None and not images:
-        described = ", ".join(f"{name} is {array.dtype} {array.shape}" for name, array in inputs.items())
-        raise DataError(
-            f"{path} holds no images to preprocess: {described}",
-            hint="leave --preprocess out, or store images as uint8 (N, height, width, channels)",
-        )
+    images = image_arrays(inputs, preprocess, str(path))
     kept = spread(samples, limit)
 
     def value(name: str, chosen: NDArray[np.int64]) -> NDArray[Any]:
-        part = inputs[name][_as_slice(chosen)]
+        part = inputs[name][chosen]  # a copy: mapped arrays are read-only, and not aligned
         return preprocess.apply_to_array(part, map(int, chosen)) if preprocess and name in images else part
 
-    def read() -> Iterator[Batch]:
-        for step in slices(len(kept), batch_size):
-            chosen = kept[step]
+    def read(places: Iterable[slice]) -> Iterator[Batch]:
+        for place in places:
+            chosen = kept[place]
             values = {name: value(name, chosen) for name in inputs}
             args = (values.pop("x"),) if "x" in values else ()
-            yield Batch(args, values, None if labels is None else labels[chosen])
+            yield Batch(args, values, None if labels is None else labels[chosen], place.start)
 
-    return CountedBatches(read, batch_count(len(kept), batch_size))
-
-
-def _as_slice(chosen: NDArray[np.int64]) -> NDArray[np.int64] | slice:
-    """A slice gives a view where indices would copy."""
-    first, last = int(chosen[0]), int(chosen[-1])
-    return slice(first, last + 1) if last - first + 1 == len(chosen) else chosen
+    return located(len(kept), batch_size, read)
 
 
-def _load(path: Path) -> dict[str, NDArray[Any]]:
+def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """All arrays of a file by name: mapped (`np.memmap`, read-only) where they are stored as they are, else in memory.
+
+    Raises:
+        DataError: the file is damaged, holds objects, or is no archive.
+    """
     try:
         # Opened here, for numpy leaves the file open where the archive is damaged.
         with path.open("rb") as file:
             archive = np.load(file, allow_pickle=False)
-            if not isinstance(archive, np.lib.npyio.NpzFile):
+            if not isinstance(archive, NpzFile):
                 raise DataError(f"{path} holds a single array, not named ones", hint=_FORM)
-            return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            mapped = map_arrays(path)
+            return {name: mapped[name] if name in mapped else archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         hint = "store numbers, not objects" if "pickle" in str(error).lower() else _FORM
         raise DataError(f"{path} cannot be read: {error}", hint=hint) from error
 

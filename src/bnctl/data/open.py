@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bnctl.errors import DataError, UsageError
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from bnctl.data.preprocess import Preprocess
     from bnctl.data.synthetic import InputSpec
 
-_KINDS = "a folder of images, a .npz file, package.module:callable, or random:N"
+_KINDS = "a folder of images, a .npz or .parquet file, shards/*.tar, hf:NAME, package.module:callable, or random:N"
 _RANDOM = re.compile(r"random:(?P<samples>\d+)")
 
 
@@ -27,23 +27,27 @@ def open_data(
     inputs: Sequence[InputSpec] = (),
     seed: int = 0,
     limit: int | None = None,
+    workers: int = 0,
 ) -> Batches:
-    """Open data named on the command line. Nothing but listings and `.npz` files is read before the first pass.
+    """Open data named on the command line. Before the first pass, only listings, headers and `.npz` files are read.
 
     | word | see |
     |---|---|
     | `folder/` | :func:`bnctl.data.folder.read_folder` |
     | `file.npz` | :func:`bnctl.data.npz.read_npz` |
+    | `file.parquet`, or a glob of them | :func:`bnctl.data.parquet.read_parquet` |
+    | `file.tar`, `shards/*.tar`, `hf:NAME`, `hf:NAME:SPLIT` | :func:`bnctl.data.streams.read_stream` |
     | `package.module:callable` | :func:`bnctl.data.loader.read_loader` |
     | `random:N` | :func:`bnctl.data.synthetic.random_batches` |
 
     Args:
         word: as above.
         batch_size: samples per batch; a loader makes its own batches.
-        preprocess: for folders and uint8 images.
+        preprocess: for images, and uint8 arrays of images.
         inputs: shapes, for `random:N`.
         seed: of random data, and of the order of a folder.
-        limit: at most this many samples: evenly spaced ones of folders and files, the first ones of a loader.
+        limit: at most this many samples: evenly spaced ones of folders and `.npz` files, the first ones of all others.
+        workers: threads that decode images ahead (0: none); the batches are the same for any number.
 
     Returns:
         Batches that can be read again and again, with a length where it is known.
@@ -52,24 +56,43 @@ def open_data(
         UsageError: an option is off, or does not go with this kind of data.
         DataError: the data cannot be read.
     """
-    for option, value in (("batch size", batch_size), ("limit", limit)):
-        if value is not None and value < 1:
-            raise UsageError(f"the {option} is {value}", hint="it must be at least 1")
+    for option, value, least in (("batch size", batch_size, 1), ("limit", limit, 1), ("number of workers", workers, 0)):
+        if value is not None and value < least:
+            raise UsageError(f"the {option} is {value}", hint=f"it must be at least {least}")
     text, path = str(word), Path(word)
-    _refuse_unread_kinds(text)
+    kind = path.suffix.lower()
+    options: dict[str, Any] = {"batch_size": batch_size, "preprocess": preprocess, "limit": limit}
     if path.is_dir():
         from bnctl.data.folder import read_folder
 
-        return read_folder(path, batch_size=batch_size, preprocess=preprocess, seed=seed, limit=limit)
-    if path.suffix.lower() == ".npz":
+        return read_folder(path, seed=seed, workers=workers, **options)
+    if text.startswith("hf:"):
+        from bnctl.data.streams import read_stream
+
+        name, _, split = text.removeprefix("hf:").partition(":")
+        if not name:
+            raise UsageError(f"{text} names no dataset", hint="for instance hf:uoft-cs/cifar10:test")
+        return read_stream(name, word=text, split=split or "train", workers=workers, **options)
+    if kind == ".tar":
+        from bnctl.data.streams import read_stream
+
+        return read_stream("webdataset", word=text, files=_files(path), workers=workers, **options)
+    if kind == ".parquet":
+        from bnctl.data.parquet import read_parquet
+
+        return read_parquet(_files(path), word=text, workers=workers, **options)
+    if kind == ".npz":
         from bnctl.data.npz import read_npz
 
-        return read_npz(_existing(path), batch_size=batch_size, preprocess=preprocess, limit=limit)
+        return read_npz(_existing(path), **options)
     if preprocess is not None:
-        raise UsageError(f"--preprocess is for images, and {text} is no folder or .npz file", hint="leave it out")
-    if match := _RANDOM.fullmatch(text):
+        raise UsageError(f"--preprocess is for images of folders and files, and {text} is neither", hint="leave it out")
+    if text.startswith("random:"):
         from bnctl.data.synthetic import random_batches
 
+        match = _RANDOM.fullmatch(text)
+        if match is None:
+            raise UsageError(f"{text}: the number of samples is missing", hint="for instance random:256")
         samples = int(match["samples"]) if limit is None else min(int(match["samples"]), limit)
         return random_batches(samples, inputs, batch_size=batch_size, seed=seed)
     from bnctl.data.loader import is_loader_word, read_loader
@@ -79,14 +102,11 @@ def open_data(
     raise _unknown(text, _existing(path))
 
 
-def _refuse_unread_kinds(word: str) -> None:
-    if word.startswith("hf:") or word.lower().endswith((".parquet", ".tar", ".tar.gz", ".tgz")):
-        raise DataError(
-            f"{word}: this version does not read data of this kind yet",
-            hint="write a function that yields (x, y) batches of it, and give --data package.module:function",
-        )
-    if word.startswith("random:") and not _RANDOM.fullmatch(word):
-        raise UsageError(f"{word}: the number of samples is missing", hint="for instance random:256")
+def _files(path: Path) -> list[Path]:
+    """The file, or those that a glob finds, sorted."""
+    if path.is_file():
+        return [path]
+    return sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor)))) or [_existing(path)]
 
 
 def _existing(path: Path) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -67,19 +67,36 @@ class Preprocess:
         if self.dtype == "uint8" and (self.scale, self.mean, self.std) != (1 / 255, 0.0, 1.0):
             raise DataError("pixels of dtype uint8 take no scale, mean or std", hint="leave these or the dtype out")
 
-    def apply(self, images: Iterable[tuple[str, Image]]) -> NDArray[np.float32] | NDArray[np.uint8]:
-        """One batch: named images to (N, C, H, W), or (N, H, W, C).
+    def pixels(self, image: Image, name: str) -> NDArray[np.uint8]:
+        """Resize and crop one image: (H, W, C) with the channels in order.
 
         Raises:
-            DataError: an image is too small for the crop, has 16 bits, or ends up with another size than the first.
+            DataError: the image is too small for the crop, or has 16 bits.
         """
-        first_name, pixels = "", []
-        for name, image in images:
-            pixels.append(self._pixels(image, name))
-            first_name = first_name or name
-            if pixels[-1].shape != pixels[0].shape:
+        if image.mode.startswith(("I", "F")):
+            raise DataError(f"{name} has more than 8 bits per pixel (mode {image.mode})", hint="convert it to 8 bits")
+        image = image.convert("L" if self.channels == "L" else "RGB")
+        if self.resize is not None:
+            image = self._resized(image, self.resize)
+        pixels: NDArray[np.uint8] = np.asarray(image)
+        if self.crop is not None:
+            pixels = _centre(pixels, self.crop, name)
+        if self.channels == "L":
+            return pixels[..., None]
+        return pixels[..., ::-1] if self.channels == "BGR" else pixels
+
+    def batch(
+        self, pixels: Sequence[NDArray[np.uint8]], names: Sequence[str]
+    ) -> NDArray[np.float32] | NDArray[np.uint8]:
+        """Stack and scale what :meth:`pixels` makes of images: (N, C, H, W), or (N, H, W, C).
+
+        Raises:
+            DataError: an image has another size than the first.
+        """
+        for image, name in zip(pixels, names, strict=True):
+            if image.shape != pixels[0].shape:
                 raise DataError(
-                    f"{name} is {_size(pixels[-1])} where {first_name} is {_size(pixels[0])}: one batch needs one size",
+                    f"{name} is {_size(image)} where {names[0]} is {_size(pixels[0])}: one batch needs one size",
                     hint="give --preprocess with a resize and a crop",
                 )
         batch = np.stack(pixels)
@@ -96,30 +113,15 @@ class Preprocess:
 
         `indices` number the images in errors.
 
-        Raises:
-            DataError: see :meth:`apply`.
+                Raises:
+                    DataError: see :meth:`pixels` and :meth:`batch`.
         """
         from PIL import Image
 
-        def pictures() -> Iterable[tuple[str, Image.Image]]:
-            for index, image in zip(indices, images, strict=True):
-                yield f"image {index}", Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image)
-
-        return self.apply(pictures())
-
-    def _pixels(self, image: Image, name: str) -> NDArray[np.uint8]:
-        """One image to (H, W, C)."""
-        if image.mode.startswith(("I", "F")):
-            raise DataError(f"{name} has more than 8 bits per pixel (mode {image.mode})", hint="convert it to 8 bits")
-        image = image.convert("L" if self.channels == "L" else "RGB")
-        if self.resize is not None:
-            image = self._resized(image, self.resize)
-        pixels: NDArray[np.uint8] = np.asarray(image)
-        if self.crop is not None:
-            pixels = _centre(pixels, self.crop, name)
-        if self.channels == "L":
-            return pixels[..., None]
-        return pixels[..., ::-1] if self.channels == "BGR" else pixels
+        names = [f"image {index}" for index in indices]
+        flat = images[..., 0] if images.shape[3:] == (1,) else images
+        pixels = [self.pixels(Image.fromarray(image), name) for image, name in zip(flat, names, strict=True)]
+        return self.batch(pixels, names)
 
     def _resized(self, image: Image, size: int | tuple[int, int]) -> Image:
         from PIL.Image import Resampling
@@ -136,6 +138,27 @@ class Preprocess:
 def are_images(array: NDArray[Any]) -> bool:
     """Whether an array is taken for images: uint8 of shape (N, H, W), or (N, H, W, C) with C of 1, 3 or 4."""
     return array.dtype == np.uint8 and (array.ndim == 3 or (array.ndim == 4 and array.shape[3] in (1, 3, 4)))
+
+
+def image_arrays(arrays: Mapping[str, NDArray[Any]], preprocess: Preprocess | None, source: str) -> list[str]:
+    """The names of the arrays that are images; `source` is what to call the data in errors.
+
+    Raises:
+        DataError: there are some and no `preprocess`, or the other way round.
+    """
+    images = sorted(name for name, array in arrays.items() if are_images(array))
+    if images and preprocess is None:
+        raise DataError(
+            f"{source}: {images[0]} holds uint8 images of shape {arrays[images[0]].shape}, and nothing says how they become input",
+            hint=f"give --preprocess file.json, for instance {EXAMPLE}",
+        )
+    if preprocess is not None and not images:
+        described = ", ".join(f"{name} is {array.dtype} {array.shape}" for name, array in arrays.items())
+        raise DataError(
+            f"{source} holds no images to preprocess: {described}",
+            hint="leave --preprocess out, or store images as uint8 (N, height, width, channels)",
+        )
+    return images
 
 
 def load_preprocess(path: str | Path) -> Preprocess:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bnctl.data.batches import Batch, CountedBatches, batch_count, slices
+from bnctl.data.batches import Batch, CountedBatches, located
 from bnctl.errors import UsageError
 
 _INTEGERS = tuple(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
@@ -79,13 +79,12 @@ def parse_input(text: str) -> InputSpec:
 
 
 def random_batch(specs: Sequence[InputSpec], *, seed: int = 0) -> Batch:
-    """One batch of exactly these shapes; values as in :func:`random_batches`.
+    """One batch of exactly these shapes; distributed as in :func:`random_batches`.
 
     Raises:
         UsageError: there are no inputs, or two have one name.
     """
-    generators = _generators(_checked(specs), seed)
-    return _assembled(specs, [_draw(spec, spec.shape, g) for spec, g in zip(specs, generators, strict=True)])
+    return _assembled(_checked(specs), [_draw(spec, spec.shape, seed, index) for index, spec in enumerate(specs)])
 
 
 def random_batches(samples: int, specs: Sequence[InputSpec], *, batch_size: int = 32, seed: int = 0) -> CountedBatches:
@@ -102,20 +101,17 @@ def random_batches(samples: int, specs: Sequence[InputSpec], *, batch_size: int 
     if samples < 1:
         raise UsageError(f"random:{samples} holds no samples", hint="for instance random:256")
 
-    def read() -> Iterator[Batch]:
-        generators = _generators(specs, seed)
-        fixed = [_draw(spec, spec.shape, g) for spec, g in zip(specs, _generators(specs, seed), strict=True)]
-        for step in slices(samples, batch_size):
-            size = step.stop - step.start
-            yield _assembled(
-                specs,
-                [
-                    _draw(spec, (size, *spec.shape[1:]), g) if spec.shape[:1] == specs[0].shape[:1] else value
-                    for spec, g, value in zip(specs, generators, fixed, strict=True)
-                ],
-            )
+    def values(index: int, spec: InputSpec, place: slice) -> NDArray[Any]:
+        if spec.shape[:1] != specs[0].shape[:1]:
+            return _draw(spec, spec.shape, seed, index)
+        return np.stack([_draw(spec, spec.shape[1:], seed, index, i) for i in range(place.start, place.stop)])
 
-    return CountedBatches(read, batch_count(samples, batch_size))
+    def read(places: Iterable[slice]) -> Iterator[Batch]:
+        for place in places:
+            drawn = [values(index, spec, place) for index, spec in enumerate(specs)]
+            yield replace(_assembled(specs, drawn), start=place.start)
+
+    return located(samples, batch_size, read)
 
 
 def _checked(specs: Sequence[InputSpec]) -> Sequence[InputSpec]:
@@ -127,11 +123,6 @@ def _checked(specs: Sequence[InputSpec]) -> Sequence[InputSpec]:
     return specs
 
 
-def _generators(specs: Sequence[InputSpec], seed: int) -> list[np.random.Generator]:
-    """One per input, so that the samples do not depend on how they are cut into batches."""
-    return [np.random.default_rng([seed, index]) for index in range(len(specs))]
-
-
 def _assembled(specs: Sequence[InputSpec], values: Sequence[NDArray[Any]]) -> Batch:
     pairs = list(zip(specs, values, strict=True))
     return Batch(
@@ -140,8 +131,9 @@ def _assembled(specs: Sequence[InputSpec], values: Sequence[NDArray[Any]]) -> Ba
     )
 
 
-def _draw(spec: InputSpec, shape: tuple[int, ...], generator: np.random.Generator) -> NDArray[Any]:
-    # Drawn as 64-bit numbers and cast: narrower draws depend on how they are grouped.
+def _draw(spec: InputSpec, shape: tuple[int, ...], *seed: int) -> NDArray[Any]:
+    """Values from a generator of their own: one per input and sample, so that they depend on neither batches nor what else is drawn."""
+    generator = np.random.default_rng(seed)
     if "float" in spec.dtype:
         values: NDArray[Any] = generator.standard_normal(shape)
     else:

@@ -78,6 +78,10 @@ class Moments:
             raise ValueError(f"a variance of {self.count} values{' without bias' if unbiased else ''} is not defined")
         return self.m2 / degrees
 
+    def statistics(self) -> tuple[Vector, Vector]:
+        """Mean and population variance."""
+        return self.mean, self.variance()
+
 
 def merge_all(parts: Iterable[Moments], *, between: bool = True) -> Moments:
     """All parts merged from left to right: the order is the caller's, and so the last bit is too.

@@ -97,16 +97,17 @@ _SMALLEST = 1e-30
 """Stands for eps where a layer has none: keeps the drift of a constant channel a number."""
 
 
-def discrepancy(stored: tuple[Vector, Vector], produced: Moments, eps: float) -> float:
-    """Largest relative difference over channels between stored statistics and the ones that were produced.
+def discrepancy(stored: tuple[Vector, Vector], produced: tuple[Vector, Vector], eps: float) -> float:
+    """Largest relative difference over channels between stored means and variances and the ones that were produced.
 
     ``max over c of max(|mean - mean'| / sqrt(var' + eps), |var - var'| / (var' + eps))``, primes for what was produced:
     the error of the normalised activation's mean, in standard deviations, and of its variance, as a ratio.
     """
     mean, var = stored
-    scale = np.maximum(produced.variance() + eps, _SMALLEST)
-    shift = np.abs(mean - produced.mean) / np.sqrt(scale)
-    spread = np.abs(var - produced.variance()) / scale
+    produced_mean, produced_var = produced
+    scale = np.maximum(produced_var + eps, _SMALLEST)
+    shift = np.abs(mean - produced_mean) / np.sqrt(scale)
+    spread = np.abs(var - produced_var) / scale
     return float(max(shift.max(initial=0.0), spread.max(initial=0.0)))
 
 

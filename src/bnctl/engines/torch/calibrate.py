@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from bnctl.engines.torch.recalibration.activations import activation_moments
+from bnctl.engines.torch.recalibration.activations import activation_seen
 from bnctl.errors import DataError
 from bnctl.numerics.moments import Moments
 from bnctl.runtime.tensors import as_tensors
@@ -32,7 +32,7 @@ def output_moments(model: nn.Module, axes: Mapping[str, int], batches: Iterable[
     number = 0
 
     def gather(name: str, axis: int, output: Tensor) -> None:
-        moments = activation_moments(output.movedim(axis, 1) if output.ndim > 2 else output)
+        moments = activation_seen(output.movedim(axis, 1) if output.ndim > 2 else output).values
         if not torch.isfinite(torch.from_numpy(moments.m2)).all():
             raise DataError(
                 f"batch {number}: the output of {name} is not finite", hint="look for NaN or infinity in the data"

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +10,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-DEFAULT_SHARE = 0.5
-"""Share of the memory that is free at the start which paused forward passes may hold."""
+from bnctl.recalibration import memory
+from bnctl.recalibration.memory import DEFAULT_SHARE, _group_bytes, _machine_bytes
+
+__all__ = ["DEFAULT_SHARE", "LiveStorages", "_group_bytes", "_machine_bytes", "available_bytes"]
 
 
 class LiveStorages(TorchDispatchMode):
@@ -45,24 +45,4 @@ class LiveStorages(TorchDispatchMode):
 
 def available_bytes(device: torch.device) -> int:
     """Memory that could be taken now without swapping: of the device, or of the machine and its control group."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return min(size for size in (_machine_bytes(), _group_bytes()) if size is not None)
-
-
-def _machine_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
-    if meminfo.exists():
-        for line in meminfo.read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # elsewhere: half of what is built in
-
-
-def _group_bytes(group: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What a container's limit (control groups, version 2) leaves; None where there is none."""
-    try:
-        limit = (group / "memory.max").read_text(encoding="ascii").strip()
-        used = (group / "memory.current").read_text(encoding="ascii")
-    except OSError:
-        return None
-    return None if limit == "max" else max(0, int(limit) - int(used))
+    return int(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else memory.available_bytes()

@@ -64,8 +64,15 @@ class NormCall:
 
         ``y = (x - mean(x)) / sqrt(var(x) + eps) * gamma + beta``, with the biased variance of this call alone.
         """
+        return self._result(None, None, training=True)
+
+    def with_statistics(self, mean: torch.Tensor, var: torch.Tensor) -> Any:
+        """What the operator returns in inference with other running statistics, (C,)."""
+        return self._result(mean.to(self.mean), var.to(self.var), training=False)
+
+    def _result(self, mean: torch.Tensor | None, var: torch.Tensor | None, *, training: bool) -> Any:
         operator = torch.ops.aten.instance_norm if self.per_instance else torch.ops.aten.batch_norm
-        y = operator(self.x, self.weight, self.bias, None, None, True, 0.0, self.eps, True)
+        y = operator(self.x, self.weight, self.bias, mean, var, training, 0.0, self.eps, True)
         if self.outputs == 1:
             return y
         # the further outputs are saved for a backward pass that does not come: empty, as in inference

@@ -1,70 +1,141 @@
-"""In which order batches and layers take turns: one pass, or one pass per layer; and how a fixed point is found.
-
-Every schedule returns the moments of all sites' inputs, over all calls, under the statistics that were in force when each was called.
-"""
+"""In which order batches and layers take turns: one pass, or one pass per layer; and how a fixed point is found."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from bnctl.engines.torch.recalibration.operators import NormCall
-from bnctl.engines.torch.recalibration.sites import Site
-from bnctl.engines.torch.recalibration.workbench import Feed, Tally, Workbench, gather
+import torch
+
+from bnctl.engines.torch.recalibration.workbench import Feed, Visit, Workbench
 from bnctl.errors import DataError
-from bnctl.numerics.moments import Moments
+from bnctl.recalibration.book import Account, Book
+from bnctl.recalibration.seen import Seen
 
-Settled = dict[Site, Moments]
-"""Sites that received their statistics in this round, and the moments that these were made of."""
+Settled = dict[str, Account]
+"""Sites that received their statistics in this round, by name, and what these were made of."""
 
-Round = Callable[[Collection[Site], Settled], Tally]
-"""Takes the sites to leave as they are, fills in those that it settled, and returns what all saw."""
+Round = Callable[[Collection[str], Settled], Book]
+"""Takes the names of the sites to leave as they are, fills in those that it settled, and returns what all saw."""
 
+STRIDE = 8
+"""How many batches a worker goes through before the workers put together what they noted."""
 
-def measure(bench: Workbench) -> Tally:
-    """One pass with the statistics in force."""
-    tally = Tally()
-    for feed in bench.feeds():
-        bench.run(feed, partial(_look, tally, feed))
-        bench.progress("measure", feed.index + 1, None)
-    return tally
+PROBE = 16
+"""One batch of so many shows what the statistics produce, where a method does not see it anyway."""
 
 
-def pass_with_own_batches(bench: Workbench) -> Tally:
+def each_batch(
+    bench: Workbench,
+    what: str,
+    handle: Callable[[Feed], None],
+    enter: Callable[[int, int], None],
+    first: int = 0,
+    step: int = 1,
+) -> int:
+    """One pass of all workers in step.
+
+    Args:
+        bench: with the batches.
+        what: is done, for the progress.
+        handle: called with each batch of this worker, in the crew's threads.
+        enter: called by all workers every `STRIDE` batches of each, with the number of the first batch that is still to come,
+            and that of samples so far.
+        first: number of the batch to begin with.
+        step: to the next.
+
+    Returns:
+        How many samples there were.
+    """
+    feeds, done, samples = bench.feeds(first, step), 0, 0
+    ahead = next(feeds, None)
+
+    def below(end: int) -> Iterator[Feed]:
+        nonlocal ahead
+        while ahead is not None and ahead.index < end:
+            yield ahead
+            ahead = next(feeds, None)
+
+    while bench.workers.share(ahead is not None, any):
+        sizes: list[int] = []
+        first += step * STRIDE * bench.workers.size
+        for feed in bench.crew.each(handle, below(first)):
+            sizes.append(feed.size)
+            bench.progress(what, done + len(sizes), bench.total(step))
+        done += bench.workers.share(len(sizes), sum)
+        samples += bench.workers.share(sum(sizes), sum)
+        enter(first, samples)
+    return samples
+
+
+def measure(bench: Workbench, step: int = 1) -> Book:
+    """What the sites see under the statistics in force, from one batch of every `step`."""
+    book = Book()
+
+    def look(visit: Visit) -> None:
+        book.note(visit.site, (visit.feed.index, visit.step), visit.look())
+
+    samples = each_batch(
+        bench, "measure", partial(bench.run, on_site=look), lambda *_: book.enter(bench.workers), step=step
+    )
+    if step == 1:
+        bench.passed(samples)
+    return book
+
+
+def pass_with_own_batches(
+    bench: Workbench, book: Book, probe: Book, enter: Callable[[int, int], None], first: int = 0, samples: int = 0
+) -> None:
     """One pass in which every site normalises with the statistics of the very call.
+
+    Args:
+        bench: with the batches.
+        book: of all batches.
+        probe: of one batch of every ``PROBE``.
+        enter: see :func:`each_batch`.
+        first: number of the batch to begin with.
+        samples: how many came before it.
 
     Raises:
         DataError: a call has one value per channel, from which normalisation would leave nothing.
     """
-    tally = Tally()
 
-    def normalise(feed: Feed, site: Site, call: NormCall) -> Any:
-        count = gather(tally, feed, site, call).count
-        if count == 1:
-            raise DataError(
-                f"batch {feed.index}: {site.name} sees one value per channel, which has no variance",
-                hint="use the exact method, which pools all batches, or a larger batch size",
-            )
-        return call.with_own_statistics() if count else None
+    def normalise(visit: Visit) -> Any:
+        seen, index = visit.look(), visit.feed.index
+        for one in (book, probe) if index % PROBE == 0 else (book,):
+            one.note(visit.site, (index, visit.step), seen)
+        return _normalised(visit, seen)
 
-    for feed in bench.feeds():
-        bench.run(feed, partial(normalise, feed))
-        bench.progress("gather", feed.index + 1, None)
-    return tally
+    def enter_all(next_batch: int, new: int) -> None:
+        enter(next_batch, samples + new)
+
+    new = each_batch(bench, "gather", partial(bench.run, on_site=normalise), enter_all, first=first)
+    bench.passed(samples + new)
 
 
-def _look(tally: Tally, feed: Feed, site: Site, call: NormCall) -> None:
-    gather(tally, feed, site, call)
+def _normalised(visit: Visit, seen: Seen) -> Any:
+    """What the layer returns in training. The moments are known already: the operator is spared from taking them again."""
+    if seen.values.count == 1:
+        raise DataError(
+            f"batch {visit.feed.index}: {visit.site.name} sees one value per channel, which has no variance",
+            hint="use the exact method, which pools all batches, or a larger batch size",
+        )
+    if not seen.values.count:
+        return None
+    if visit.call.per_instance:
+        return visit.call.with_own_statistics()
+    mean, var = map(torch.from_numpy, seen.values.statistics())
+    return visit.call.with_statistics(mean, var)
 
 
-def pass_per_site(bench: Workbench, fixed: Collection[Site], settled: Settled) -> Tally:
+def pass_per_site(bench: Workbench, fixed: Collection[str], settled: Settled) -> Book:
     """One pass for each site: forwards end at the first site that is not settled yet, and the one that was reached first is
     settled. Needs no more memory than one forward; costs about half a pass per site, and two.
     """
-    while arrived := _stop_at_first(bench, {*fixed, *settled}):
-        settle(bench, *arrived, settled)
+    while (account := _stop_at_first(bench, {*fixed, *settled})) is not None:
+        settle(bench, account, settled)
     return measure(bench)
 
 
@@ -72,29 +143,34 @@ class _Reached(BaseException):
     """Ends a forward at a site; not an Exception, so that user code does not swallow it."""
 
 
-def _stop_at_first(bench: Workbench, known: Collection[Site]) -> tuple[Site, Moments] | None:
-    reached = Tally()
+def _stop_at_first(bench: Workbench, known: Collection[str]) -> Account | None:
+    reached = Book()
 
-    def stop(feed: Feed, site: Site, call: NormCall) -> None:
-        if site not in known:
-            gather(reached, feed, site, call)
+    def stop(visit: Visit) -> None:
+        if visit.site.name not in known:
+            reached.note(visit.site, (visit.feed.index, visit.step), visit.look())
             raise _Reached
 
-    for feed in bench.feeds():
+    def handle(feed: Feed) -> None:
         with suppress(_Reached):
-            bench.run(feed, partial(stop, feed))
-    return next(iter(reached.moments.items()), None)
+            bench.run(feed, stop)
+
+    bench.passed(each_batch(bench, f"layer {len(known) + 1}", handle, lambda *_: reached.enter(bench.workers)))
+    return next(iter(reached.accounts.values()), None)
 
 
-def settle(bench: Workbench, site: Site, moments: Moments, settled: Settled) -> None:
+def settle(bench: Workbench, account: Account, settled: Settled) -> None:
     """Give a site its statistics, unless all that came was empty."""
-    if moments.count:
-        site.store(moments)
-    settled[site] = moments
-    bench.progress("settle", len(settled), None)
+    if account.count:
+        bench.store(account.site, bench.statistics(account))
+    settled[account.site.name] = account
+    bench.keep()
+    bench.progress("settle", len(settled), len(bench.sites.names()))
 
 
-def solve(round_: Round, *, tolerance: float = 1e-6, max_rounds: int = 30) -> tuple[Tally, set[Site]]:
+def solve(
+    bench: Workbench, round_: Round, settled: Settled, *, tolerance: float = 1e-6, max_rounds: int = 30
+) -> tuple[Book, set[str]]:
     """Statistics that agree with what they produce.
 
     A site that all batches call once is final after one round. One that is called again after it was settled depends on
@@ -102,22 +178,28 @@ def solve(round_: Round, *, tolerance: float = 1e-6, max_rounds: int = 30) -> tu
     anew. A chain of k such sites that do not feed themselves is exact after k + 1 rounds; otherwise this is a fixed-point iteration.
 
     Args:
+        bench: holds the statistics.
         round_: one pass over the data, in some schedule.
-        tolerance: see :meth:`Site.agrees`.
+        settled: what the first round finds settled already.
+        tolerance: see :meth:`Workbench.agrees`.
         max_rounds: at most so many.
 
     Returns:
         What the last round saw under the statistics that are in force, and the sites that had not settled by then.
     """
-    recurrent: set[Site] = set()
+    recurrent: set[str] = set()
     for number in range(1, max_rounds + 1):
-        settled: Settled = {}
-        tally = round_(recurrent, settled)
-        recurrent |= {site for site, moments in settled.items() if tally.moments[site].count > moments.count}
-        produced = {site: moments for site, moments in tally.moments.items() if site in recurrent and moments.count}
-        moving = {site for site, moments in produced.items() if not site.agrees(moments, tolerance)}
+        book = round_(recurrent, settled)
+        recurrent |= {name for name, account in settled.items() if book.accounts[name].count > account.count}
+        produced = {name: a for name, a in book.accounts.items() if name in recurrent and a.count}
+        new = {name: bench.statistics(account) for name, account in produced.items()}
+        moving = {
+            name for name, statistics in new.items() if not bench.agrees(produced[name].site, statistics, tolerance)
+        }
         if not moving or number == max_rounds:
             break
-        for site, moments in produced.items():
-            site.store(moments)
-    return tally, moving
+        bench.keep = lambda: None  # a run that is resumed begins with the first round
+        for name, statistics in new.items():
+            bench.store(produced[name].site, statistics)
+        settled = {}
+    return book, moving

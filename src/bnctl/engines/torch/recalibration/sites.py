@@ -1,93 +1,28 @@
-"""Sites: running statistics that a model keeps, the layers that read them, and why some are left alone."""
+"""Which statistics of a torch model an operator reads, and why some of them are left alone."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from bnctl.engines.torch.recalibration.operators import NormCall
-from bnctl.errors import ModelError
-from bnctl.numerics.moments import Moments
+from bnctl.recalibration.site import Site
 from bnctl.recalibration.statistics import (
     FROZEN,
     NEVER_REACHED,
     NO_STATISTICS,
     NOT_IN_STATE,
     NOT_SELECTED,
-    discrepancy,
 )
 from bnctl.selection import Selection
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    Vector = NDArray[np.float64]
-
 _MEAN = "running_mean"
-
-
-@dataclass(frozen=True, eq=False)
-class Site:
-    """Statistics of one normalisation in the working copy.
-
-    Args:
-        name: path of the running mean, without ``.running_mean``.
-        mean_path: name of the running mean among the model's buffers (or parameters).
-        var_path: name of the running variance.
-        mean: the working copy's running mean (C,).
-        var: its running variance (C,).
-        eps: of the layer.
-        resolution: machine epsilon of its activations.
-        before: mean and variance as they were, float64.
-    """
-
-    name: str
-    mean_path: str
-    var_path: str
-    mean: torch.Tensor
-    var: torch.Tensor
-    eps: float
-    resolution: float
-    before: tuple[Vector, Vector]
-
-    def stored(self) -> tuple[Vector, Vector]:
-        """Mean and variance as the working copy holds them now, float64."""
-        return _wide(self.mean), _wide(self.var)
-
-    def store(self, moments: Moments) -> None:
-        """Make the mean and population variance the layer's statistics, cast once to its dtype.
-
-        Raises:
-            ModelError: a value is too large for the dtype.
-        """
-        for tensor, value in zip((self.mean, self.var), self._cast(moments), strict=True):
-            if not torch.isfinite(value).all():
-                raise ModelError(
-                    f"{self.name}: the new statistics do not fit {str(tensor.dtype).removeprefix('torch.')}",
-                    hint="keep the normalisation layers in float32, or look for an exploding activation before them",
-                )
-            with torch.no_grad():
-                tensor.copy_(value)
-
-    def agrees(self, moments: Moments, tolerance: float) -> bool:
-        """Whether storing the moments would change nothing, or next to nothing."""
-        kept = zip((self.mean, self.var), self._cast(moments), strict=True)
-        return all(torch.equal(old, new) for old, new in kept) or self.discrepancy(moments) < tolerance
-
-    def discrepancy(self, moments: Moments) -> float:
-        """See :func:`bnctl.recalibration.statistics.discrepancy`."""
-        return discrepancy(self.stored(), moments, self.eps)
-
-    def _cast(self, moments: Moments) -> tuple[torch.Tensor, torch.Tensor]:
-        return (
-            torch.from_numpy(moments.mean).to(self.mean.device, self.mean.dtype),
-            torch.from_numpy(moments.variance()).to(self.var.device, self.var.dtype),
-        )
 
 
 class SiteTable:
@@ -112,6 +47,12 @@ class SiteTable:
         self._sites: dict[str, Site | None] = {}
         self._left: dict[str, tuple[str, str]] = {}
         self._known = dict(_reasons_unless_met(model))
+        self._state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        self._training = {
+            name: (layer.momentum, layer.num_batches_tracked)
+            for name, layer in model.named_modules()
+            if hasattr(layer, "momentum") and isinstance(getattr(layer, "num_batches_tracked", None), torch.Tensor)
+        }
 
     def find(self, call: NormCall) -> Site | None:
         """The site whose statistics shall be replaced; None where they shall not."""
@@ -127,8 +68,8 @@ class SiteTable:
         if call.training:
             self._left[name] = (NO_STATISTICS, "normalises with its own input in inference, too")
             return None
-        if name not in self._sites:
-            self._sites[name] = self._open(name, path, var_path, call)
+        if name not in self._sites:  # several threads may make the same one, of which the first is kept
+            self._sites.setdefault(name, self._open(name, path, var_path, call))
         return self._sites[name]
 
     def _open(self, name: str, path: str, var_path: str, call: NormCall) -> Site | None:
@@ -138,16 +79,26 @@ class SiteTable:
         if wanted != "named" and name in self._frozen:
             self._left[name] = (FROZEN, "momentum 0, or in eval mode inside a model in train mode")
             return None
+        momentum, tracked = self._training.get(name, (call.momentum, 0))
         return Site(
             name=name,
             mean_path=path,
             var_path=var_path,
-            mean=call.mean,
-            var=call.var,
             eps=call.eps,
             resolution=torch.finfo(call.x.dtype).eps,
-            before=(_wide(call.mean), _wide(call.var)),
+            before=(wide(call.mean), wide(call.var)),
+            between=not call.per_instance,
+            momentum=momentum,
+            calls_before=int(tracked),
         )
+
+    def met(self) -> list[Site]:
+        """The sites that were found so far."""
+        return [site for site in self._sites.values() if site is not None]
+
+    def tensors(self, site: Site) -> tuple[torch.Tensor, torch.Tensor]:
+        """The working copy's running mean and variance, (C,)."""
+        return self._state[site.mean_path], self._state[site.var_path]
 
     def left(self, recalibrated: set[str]) -> Iterator[tuple[str, str, str]]:
         """Name, code and reason of everything that has no new statistics."""
@@ -202,6 +153,6 @@ def _place(tensor: torch.Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.numel()
 
 
-def _wide(tensor: torch.Tensor) -> Vector:
-    wide: Any = tensor.detach().to("cpu", torch.float64, copy=True).numpy()
-    return wide  # type: ignore[no-any-return]
+def wide(tensor: torch.Tensor) -> NDArray[Any]:
+    """A copy in float64."""
+    return tensor.detach().to("cpu", torch.float64, copy=True).numpy()

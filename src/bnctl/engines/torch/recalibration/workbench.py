@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,22 +11,30 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from bnctl.engines.torch.recalibration.activations import activation_moments
+from bnctl.data.batches import Batch, Batches, CountedBatches
+from bnctl.engines.torch.recalibration.activations import activation_seen
 from bnctl.engines.torch.recalibration.operators import NormCall, inference, intercepting
-from bnctl.engines.torch.recalibration.sites import Site, SiteTable
+from bnctl.engines.torch.recalibration.sites import SiteTable, wide
+from bnctl.engines.torch.recalibration.strand import Crew
+from bnctl.engines.torch.recalibration.twins import Twins
 from bnctl.errors import BnctlError, DataError, ModelError
-from bnctl.numerics.moments import Moments
+from bnctl.recalibration.book import Account
+from bnctl.recalibration.estimate import with_prior
+from bnctl.recalibration.seen import Seen
+from bnctl.recalibration.site import Site
+from bnctl.recalibration.statistics import discrepancy
+from bnctl.recalibration.workers import Workers
 from bnctl.runtime.tensors import as_tensors
 
 if TYPE_CHECKING:
-    from bnctl.data.batches import Batch
+    from bnctl.recalibration.estimate import Statistics
 
 
 @dataclass(frozen=True, eq=False)
 class Feed:
-    """A batch as tensors on the device; `index` counts from 0."""
+    """A batch as tensors on the device; `index` counts from 0 over the data of all workers."""
 
     index: int
     args: tuple[Any, ...]
@@ -38,102 +45,179 @@ class Feed:
         """All tensors in it."""
         return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, torch.Tensor)]
 
-
-@dataclass(eq=False)
-class Tally:
-    """Moments gathered in one pass over the data, by site in order of first arrival."""
-
-    moments: dict[Site, Moments] = field(default_factory=dict)
-    calls: dict[Site, int] = field(default_factory=dict)
-
-    def add(self, site: Site, moments: Moments, *, between: bool) -> None:
-        """Merge what one call saw."""
-        known = self.moments.get(site)
-        self.moments[site] = moments if known is None else known.merge(moments, between=between)
-        self.calls[site] = self.calls.get(site, 0) + 1
+    def one_sample(self) -> Feed:
+        """The first sample, where every tensor has one row per sample; else the whole."""
+        if not all(tensor.shape[:1] == (self.size,) for tensor in self.tensors()):
+            return self
+        args, kwargs = tree_map_only(torch.Tensor, lambda tensor: tensor[:1], (self.args, self.kwargs))
+        return Feed(self.index, args, kwargs, min(self.size, 1))
 
 
-OnSite = Callable[[Site, NormCall], Any]
+@dataclass(frozen=True)
+class Visit:
+    """A call of a site.
+
+    Args:
+        feed: the batch.
+        step: how many sites its forward pass has come to before.
+        site: which.
+        call: what the operator was given.
+    """
+
+    feed: Feed
+    step: int
+    site: Site
+    call: NormCall
+
+    def look(self) -> Seen:
+        """Moments of the call's input.
+
+        Raises:
+            DataError: the input is not finite.
+        """
+        seen = activation_seen(self.call.x, per_instance=self.call.per_instance)
+        if not (np.isfinite(seen.values.mean).all() and np.isfinite(seen.values.m2).all()):
+            raise DataError(
+                f"batch {self.feed.index}: the input of {self.site.name} holds NaN or infinity",
+                hint="the batch itself is finite: an operator before this layer overflows; try float32, or check the preprocessing",
+            )
+        return seen
+
+
+OnSite = Callable[[Visit], Any]
 """Called at each site; a result other than None takes the place of the operator's."""
+
+
+def _nothing() -> None:
+    """Do nothing."""
 
 
 @dataclass(eq=False)
 class Workbench:
-    """Runs the working copy over the batches.
+    """Runs the working copy over this worker's share of the batches.
 
     Args:
         model: the working copy, in eval mode and on `device`; its statistics are the ones in force.
         sites: finds sites in it.
         batches: can be gone through as often as needed, and give as many samples each time.
         device: where the model is.
+        workers: with whom the batches are shared: every worker takes one, in turn.
+        hands: how many forward passes run at a time.
         progress: called with what is being done, how far it is, and out of how much.
+        prior: weight of the old statistics, in samples.
+        autocast: type in which operators run that do not mind; None: as the model is.
+        skip_bad: leave out batches that hold NaN or infinity, instead of an error.
+        limit: only batches of an index below.
+        samples: of all workers in a whole pass, once that is known.
+        exhausted: whether this worker's last pass met the end of the data, and not the limit.
+        skipped: batches that this worker left out.
+        keep: called whenever a site was settled.
     """
 
     model: nn.Module
     sites: SiteTable
-    batches: Iterable[Batch]
+    batches: Batches
     device: torch.device
+    workers: Workers
+    hands: int
     progress: Callable[[str, int, int | None], None]
+    prior: float = 0.0
+    autocast: torch.dtype | None = None
+    skip_bad: bool = False
+    limit: int | None = None
     samples: int | None = None
-    _random_state: torch.Tensor = field(default_factory=torch.get_rng_state)
+    exhausted: bool = False
+    skipped: set[int] = field(default_factory=set)
+    keep: Callable[[], None] = _nothing
+    random_state: torch.Tensor = field(default_factory=torch.get_rng_state)
 
-    def feeds(self) -> Iterator[Feed]:
-        """One pass over the data, as tensors. Every pass starts at the same state of torch's generator: a loader that
-        shuffles or augments with it gives the same data each time.
+    def __post_init__(self) -> None:
+        self.crew = Crew(self.hands)
+        self.twins = Twins(self.model)
+
+    def feeds(self, first: int = 0, step: int = 1) -> Iterator[Feed]:
+        """This worker's share of one pass over the batches ``first, first + step, ...``, as tensors.
+
+        Every pass starts at the same state of torch's generator: a loader that shuffles or augments with it gives the same data each time.
 
         Raises:
-            DataError: there are no data, other data than last time, or a value is NaN or infinite.
+            DataError: a value is NaN or infinite.
         """
-        torch.set_rng_state(self._random_state)
-        samples, index = 0, -1
-        for index, batch in enumerate(self.batches):
-            args, kwargs = as_tensors(batch, self.model, self.device)
-            feed = Feed(index, args, kwargs, batch.size)
-            for tensor in feed.tensors():
-                if not torch.isfinite(tensor).all():
-                    raise DataError(
-                        f"batch {index} holds NaN or infinity",
-                        hint="statistics of it would be NaN, too: clean the data",
-                    )
-            samples += batch.size
-            yield feed
-        if index < 0:
+        torch.set_rng_state(self.random_state)
+        for index, batch in self.batches.every(first + step * self.workers.rank, step * self.workers.size):
+            if self.limit is not None and index >= self.limit:
+                self.exhausted = False
+                return
+            feed = self.feed(index, batch)
+            if all(torch.isfinite(tensor).all() for tensor in feed.tensors()):
+                yield feed
+            elif self.skip_bad:
+                self.skipped.add(index)
+            else:
+                raise DataError(
+                    f"batch {index} holds NaN or infinity",
+                    hint="statistics of it would be NaN, too: clean the data, or leave such batches out with --on-bad-batch skip",
+                )
+        self.exhausted = True
+
+    def feed(self, index: int, batch: Batch) -> Feed:
+        """A batch as tensors."""
+        args, kwargs = as_tensors(batch, self.model, self.device)
+        return Feed(index, args, kwargs, batch.size)
+
+    def passed(self, samples: int) -> None:
+        """A whole pass of all workers has ended, with so many samples.
+
+        Raises:
+            DataError: these are none, or not as many as last time.
+        """
+        if not samples:
             raise DataError("the data hold no batch", hint="check the data; a generator can be gone through only once")
-        if self.samples is not None and samples != self.samples:
+        if self.samples not in (None, samples):
             raise DataError(
                 f"the data held {self.samples} samples in the first pass and {samples} in a later one",
                 hint="give something that can be iterated again with the same result, such as a list or a DataLoader",
             )
         self.samples = samples
 
-    def twin(self) -> nn.Module:
-        """A copy of the model's structure over the same parameters and buffers: what a forward leaves in attributes of
-        its modules is then its own."""
-        return copied(self.model, shared=(*self.model.parameters(), *self.model.buffers()))
+    def total(self, step: int = 1) -> int | None:
+        """Batches of all workers in a pass, where that is known."""
+        if not isinstance(self.batches, CountedBatches):
+            return self.limit
+        count = len(self.batches) if self.limit is None else min(self.limit, len(self.batches))
+        return -(-count // step)
 
-    def run(self, feed: Feed, on_site: OnSite, *modes: TorchDispatchMode, model: nn.Module | None = None) -> None:
-        """One forward pass in the calling thread.
+    def start_over(self, limit: int | None) -> None:
+        """The statistics as they were at the beginning, and another number of batches."""
+        self.limit, self.samples, self.keep = limit, None, _nothing
+        self.skipped.clear()
+        for site in self.sites.met():
+            self._write(site, site.before)
 
-        Args:
-            feed: the batch.
-            on_site: called at every site.
-            modes: further dispatch modes; they see calls after the interception.
-            model: instead of the working copy, its twin.
+    def run(self, feed: Feed, on_site: OnSite, *modes: TorchDispatchMode) -> None:
+        """One forward pass in the calling thread, in a copy of the model's structure over the same parameters and buffers: what a
+        forward leaves in attributes of its modules is then its own.
 
         Raises:
             DataError: the model fails on the batch.
         """
+        step = 0
 
         def on_norm(call: NormCall) -> Any:
+            nonlocal step
             site = self.sites.find(call)
             if site is not None:
-                return on_site(site, call)
+                step += 1
+                return on_site(Visit(feed, step, site, call))
             # in training the operator would also write to the statistics, which the other passes rely on
             return call.with_own_statistics() if call.training else None
 
         try:
-            with inference(*modes, intercepting(on_norm)):
-                (self.model if model is None else model)(*feed.args, **feed.kwargs)
+            with self.twins.one() as model, ExitStack() as stack:
+                if self.autocast is not None:
+                    stack.enter_context(torch.autocast(self.device.type, self.autocast))
+                stack.enter_context(inference(*modes, intercepting(on_norm)))
+                model(*feed.args, **feed.kwargs)
         except BnctlError:
             raise
         except Exception as error:
@@ -142,36 +226,43 @@ class Workbench:
                 hint="check shape, dtype and preprocessing of the data against what the model's forward takes",
             ) from error
 
+    def stored(self, site: Site) -> Statistics:
+        """Mean and variance as the working copy holds them now."""
+        mean, var = self.sites.tensors(site)
+        return wide(mean), wide(var)
 
-def gather(tally: Tally, feed: Feed, site: Site, call: NormCall) -> Moments:
-    """Moments of the call's input, which the tally takes too.
+    def statistics(self, account: Account) -> Statistics:
+        """The statistics that follow from what a site saw in a whole pass."""
+        return with_prior(account.site.before, account.seen.values, self.samples or 0, self.prior)
 
-    Raises:
-        DataError: the input is not finite.
-    """
-    moments = activation_moments(call.x, per_instance=call.per_instance)
-    if not (np.isfinite(moments.mean).all() and np.isfinite(moments.m2).all()):
-        raise DataError(
-            f"batch {feed.index}: the input of {site.name} holds NaN or infinity",
-            hint="the batch itself is finite: an operator before this layer overflows; try float32, or check the preprocessing",
+    def store(self, site: Site, statistics: Statistics) -> None:
+        """Give a site its statistics, cast once to their dtype.
+
+        Raises:
+            ModelError: a value is too large for the dtype.
+        """
+        for tensor, value in zip(self.sites.tensors(site), self._cast(site, statistics), strict=True):
+            if not torch.isfinite(value).all():
+                raise ModelError(
+                    f"{site.name}: the new statistics do not fit {str(tensor.dtype).removeprefix('torch.')}",
+                    hint="keep the normalisation layers in float32, or look for an exploding activation before them",
+                )
+        self._write(site, statistics)
+
+    def agrees(self, site: Site, statistics: Statistics, tolerance: float) -> bool:
+        """Whether storing the statistics would change nothing, or next to nothing."""
+        kept = zip(self.sites.tensors(site), self._cast(site, statistics), strict=True)
+        return (
+            all(torch.equal(old, new) for old, new in kept)
+            or discrepancy(self.stored(site), statistics, site.eps) < tolerance
         )
-    tally.add(site, moments, between=not call.per_instance)
-    return moments
 
+    def _write(self, site: Site, statistics: Statistics) -> None:
+        with torch.no_grad():
+            for tensor, value in zip(self.sites.tensors(site), self._cast(site, statistics), strict=True):
+                tensor.copy_(value)
 
-def copied(model: nn.Module, shared: Iterable[torch.Tensor] = ()) -> nn.Module:
-    """A deep copy, except for `shared` tensors.
-
-    Raises:
-        ModelError: the model cannot be copied.
-    """
-    try:
-        with warnings.catch_warnings():
-            # torch's own, about the tree specs in an exported graph
-            warnings.simplefilter("ignore", FutureWarning)
-            return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
-    except Exception as error:
-        raise ModelError(
-            f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}",
-            hint="remove computed tensors from module attributes (torch.nn.utils.remove_weight_norm) or detach them",
-        ) from error
+    def _cast(self, site: Site, statistics: Statistics) -> list[torch.Tensor]:
+        return [
+            torch.from_numpy(v).to(t.device, t.dtype) for t, v in zip(self.sites.tensors(site), statistics, strict=True)
+        ]

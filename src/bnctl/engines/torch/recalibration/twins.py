@@ -1,0 +1,100 @@
+"""Copies of a model's structure over the same parameters and buffers."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from bnctl.errors import ModelError
+
+
+class Twins:
+    """Lends a twin to each forward pass that runs, and takes it back.
+
+    Args:
+        model: what they are copies of. It is not lent itself: a copy of a model that runs would be of any state.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._shared = [*model.parameters(), *model.buffers()]
+        self._pickled = _pickled(model, self._shared)
+        self._free: list[nn.Module] = []
+
+    @contextmanager
+    def one(self) -> Iterator[nn.Module]:
+        """A model that nobody else uses until the context ends."""
+        try:
+            twin = self._free.pop()
+        except IndexError:
+            twin = self._made()
+        try:
+            yield twin
+        finally:
+            self._free.append(twin)
+
+    def _made(self) -> nn.Module:
+        if self._pickled is None:
+            return copied(self._model, self._shared)
+        twin: nn.Module = _Unpickler(io.BytesIO(self._pickled), self._shared).load()
+        return twin
+
+
+def copied(model: nn.Module, shared: Iterable[torch.Tensor] = ()) -> nn.Module:
+    """A deep copy, except for `shared` tensors.
+
+    Raises:
+        ModelError: the model cannot be copied.
+    """
+    try:
+        with warnings.catch_warnings():
+            # torch's own, about the tree specs in an exported graph
+            warnings.simplefilter("ignore", FutureWarning)
+            return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+    except Exception as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}",
+            hint="remove computed tensors from module attributes (torch.nn.utils.remove_weight_norm) or detach them",
+        ) from error
+
+
+def _pickled(model: nn.Module, shared: list[torch.Tensor]) -> bytes | None:
+    """The structure, from which twins are made ten times faster than by deep copies; None where it cannot be pickled, or is copied in a way of its own."""
+    if any(hasattr(module, "__deepcopy__") for module in model.modules()):
+        return None
+    file = io.BytesIO()
+    try:
+        _Pickler(file, shared).dump(model)
+    except Exception:  # lambdas, local classes, parametrised modules: each has its own way to refuse
+        return None
+    return file.getvalue()
+
+
+class _Pickler(pickle.Pickler):
+    """Writes the number of a shared tensor in its place."""
+
+    def __init__(self, file: io.BytesIO, shared: list[torch.Tensor]) -> None:
+        super().__init__(file, pickle.HIGHEST_PROTOCOL)
+        self._numbers = {id(tensor): number for number, tensor in enumerate(shared)}
+
+    def persistent_id(self, value: Any) -> int | None:
+        return self._numbers.get(id(value)) if isinstance(value, torch.Tensor) else None
+
+
+class _Unpickler(pickle.Unpickler):
+    """Puts the shared tensors back; reads nothing but what this process wrote."""
+
+    def __init__(self, file: io.BytesIO, shared: list[torch.Tensor]) -> None:
+        super().__init__(file)
+        self._shared = shared
+
+    def persistent_load(self, number: int) -> torch.Tensor:
+        return self._shared[number]
