@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -10,7 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import bnctl
+from bnctl.commands.equivalence import check_equivalence
+from bnctl.data.batches import Batch
 from bnctl.errors import EquivalenceError
+from bnctl.models.model import Model
+from bnctl.runtime.torch import TorchRunner
+from bnctl.verification import compare_runners
 
 
 class Net(nn.Module):
@@ -104,3 +110,94 @@ def test_agreement_that_drowns_in_rounding_is_no_proof() -> None:
             return torch.zeros_like(x)
 
     assert not bnctl.verify(Chaos(), Nothing(), [torch.randn(6, 4)]).passed
+
+
+class Scaled(nn.Module):
+    """A convolution, a gain, a norm."""
+
+    def __init__(self, gain: float, before: nn.Module | None = None) -> None:
+        super().__init__()
+        self.before, self.conv, self.bn = before, nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.gain = nn.Parameter(torch.full((4, 1, 1), gain))
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x if self.before is None else self.before(x)) * self.gain)  # type: ignore[no-any-return]
+
+
+def test_a_layer_that_is_meant_to_change_is_no_evidence() -> None:
+    """The outputs are all zero, and so are the folded weights; the layers before them show that nothing else is."""
+    model = Scaled(0.0, nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU()))
+    result = bnctl.fold(model, torch.randn(2, 3, 8, 8))
+    assert [site.action for site in result.report.sites] == ["folded", "folded"]
+    assert "the layers before them agree" in str(result.report.verification and result.report.verification["note"])
+
+
+def test_what_cannot_be_verified_is_not_called_wrong() -> None:
+    with pytest.raises(EquivalenceError, match="cannot be verified: every output of the baseline is zero") as caught:
+        bnctl.fold(Scaled(0.0), torch.randn(2, 3, 8, 8))
+    assert "does it" not in str(caught.value)
+    result = bnctl.fold(Scaled(0.5), torch.randn(2, 3, 8, 8))
+    assert result.report.summary["left"] == 0
+
+
+def test_a_layer_that_is_meant_to_stay_is_evidence() -> None:
+    """Negative control: outputs of zero hide a fault, and the layers before them show it."""
+    right = TorchRunner(Scaled(0.0, nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU())))
+    wrong = copy.deepcopy(right)
+    with torch.no_grad():
+        wrong._module.get_parameter("before.0.weight").mul_(1.01)
+    found = compare_runners(right, wrong, [Batch(args=(torch.randn(2, 3, 8, 8),))], altered={"conv"})
+    assert not found.passed
+    assert found.first_difference is not None and found.first_difference.name.startswith("before")
+
+
+class Hidden(nn.Module):
+    """The factor of one layer is taken back by the next."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.first, self.last, self.factor = nn.Linear(4, 4), nn.Linear(4, 2), factor
+        torch.manual_seed(0)
+        nn.init.normal_(self.first.weight)
+        nn.init.normal_(self.last.weight)
+        with torch.no_grad():
+            self.first.weight.mul_(factor)
+            self.first.bias.zero_()
+            self.last.bias.zero_()
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x)) / self.factor  # type: ignore[no-any-return]
+
+
+def test_layers_are_looked_at_with_the_first_batch_of_one_sample() -> None:
+    right, wrong = TorchRunner(Hidden(1.0)), TorchRunner(Hidden(2.0))
+    two, one = (Batch(args=(torch.randn(size, 4),)) for size in (2, 1))
+    assert compare_runners(right, wrong, [two], where_taken=[one]).passed
+    assert compare_runners(right, wrong, [two], layers=["first"]).passed
+    found = compare_runners(right, wrong, [two], where_taken=[one], layers=["first"])
+    assert found.reason is not None and found.reason.startswith("layer first differs")
+    assert compare_runners(right, right, [two], where_taken=[one], layers=["first"]).layers == 1
+
+
+def test_layers_are_looked_at_even_where_other_values_are_out_of_range() -> None:
+    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)
+    model = nn.Sequential(*layers).eval()
+    model.register_forward_pre_hook(lambda module, args: (torch.asin(args[0]),))
+    result = bnctl.fold(model, torch.rand(2, 3, 8, 8) * 0.2 + 0.7)
+    assert result.report.verification is not None
+    assert result.report.verification["samples"] == 2 and result.report.verification["layers"] == 1
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_other_sizes_and_values_are_tried(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+    model = Net(lambda y, x: y)
+    model.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
+    x = torch.randn(size, 3, 8, 8)
+    check_equivalence(Model("torch", model, "m"), Model("torch", model, "m"), Batch(args=(x,)))
+    other = [given for given in seen if given.shape[2:] == x.shape[2:] and len(given) != size]
+    assert {len(given) for given in other} == {2 if size == 1 else 1}
+    assert len({round(float(given.sum()), 4) for given in other}) == 2
+    assert any(given.shape[2] != x.shape[2] for given in seen)

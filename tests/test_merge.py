@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,9 +18,11 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 import bnctl
+from bnctl.engines.onnx.engine import OnnxEngine
 from bnctl.engines.torch.record import record
 from bnctl.graph.window import Window
 from bnctl.models.importing import import_module
+from bnctl.models.model import Model
 from conftest import faults
 from nets_traps import Net, error, outputs, randomise
 
@@ -425,6 +428,55 @@ def test_onnx_asymmetric_pads_and_a_sum_that_stays() -> None:
     assert list(result.model.graph.output[0].name) == ["y"]
     x = rng.normal(size=(2, 4, 8, 8)).astype(np.float32)
     np.testing.assert_allclose(run_onnx(result.model, x), run_onnx(model, x), rtol=1e-4, atol=1e-4)
+
+
+def free_sizes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model for images of any size."""
+    for value in (*model.graph.input, *model.graph.output):
+        for axis, name in ((2, "h"), (3, "w")):
+            value.type.tensor_type.shape.dim[axis].dim_param = name
+    return model
+
+
+def test_onnx_images_of_any_size() -> None:
+    """Shape inference knows no size of the branches; that they are equal follows from where the kernels look."""
+    rng = np.random.default_rng(2)
+    arrays = {"w3": rng.normal(size=(4, 4, 3, 3)), "w1": rng.normal(size=(4, 4, 1, 1)), "k": rng.normal(size=(4, 1, 1))}
+    nodes = [
+        helper.make_node("Conv", ["x", "w3"], ["c3"], "conv3", pads=[1, 1, 1, 1]),
+        helper.make_node("Conv", ["x", "w1"], ["c1"], "conv1"),
+        helper.make_node("Mul", ["x", "k"], ["scaled"], "scale"),
+        helper.make_node("Sum", ["c3", "c1", "scaled", "x"], ["y"], "sum"),
+    ]
+    model = free_sizes(onnx_model(nodes, arrays))
+    result = bnctl.fold(model, merge_branches=True)
+    assert [n.op_type for n in result.model.graph.node] == ["Conv"]
+    for height, width in ((8, 8), (7, 2), (1, 1)):
+        x = rng.normal(size=(2, 4, height, width)).astype(np.float32)
+        np.testing.assert_allclose(run_onnx(result.model, x), run_onnx(model, x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kernel", "outer", "settings"), [(3, 4, {}), (1, 1, {}), (1, 4, {"strides": [2, 2]})])
+def test_onnx_branches_that_may_be_broadcast_stay(kernel: int, outer: int, settings: dict[str, Any]) -> None:
+    """On the sizes that fit, the second branch has one position, or one channel, and is added everywhere."""
+    rng = np.random.default_rng(3)
+    arrays = {"w1": rng.normal(size=(4, 4, 1, 1)), "w2": rng.normal(size=(outer, 4, kernel, kernel))}
+    nodes = [
+        helper.make_node("Conv", ["x", "w1"], ["a"], "a"),
+        helper.make_node("Conv", ["x", "w2"], ["b"], "b", **settings),
+        helper.make_node("Add", ["a", "b"], ["y"], "sum"),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 4, "h", "w"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4, "h", "w"])],
+        [numpy_helper.from_array(v.astype(np.float32), k) for k, v in arrays.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    given = ir.from_proto(model)
+    captured = OnnxEngine().capture(Model("onnx", given, "m"))
+    assert OnnxEngine().plan_merges(captured, lambda name: True) == ()
 
 
 def test_a_wrong_merge_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

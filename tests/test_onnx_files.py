@@ -93,6 +93,27 @@ def test_before_ir_version_4_initializers_are_constants() -> None:
     assert len(folded.graph.initializers) == 2
 
 
+def test_before_ir_version_4_initializers_that_are_no_inputs(tmp_path: Path) -> None:
+    """Such a file is not valid, and runs all the same: they are listed when it is opened."""
+    net = Net(FREE, 4, 6, 6, opset=8, ir_version=3)
+    v = net.add("Relu", net.bn(net.conv("x", 4, 4), 4))
+    net.add("Conv", v, net.normal(2, 4, 1, 1), out="y")
+    proto = net.proto("y")
+    del proto.graph.input[1:]
+    with pytest.raises(onnx.checker.ValidationError, match="not in graph input"):
+        onnx.checker.check_model(proto)
+    path, folded = tmp_path / "old.onnx", tmp_path / "folded.onnx"
+    path.write_bytes(proto.SerializeToString())
+    assert cli(["fold", str(path), "-o", str(folded)]) == 0
+    written = onnx.load(folded)
+    onnx.checker.check_model(written)
+    assert written.ir_version == 3
+    assert [node.op_type for node in written.graph.node] == ["Conv", "Relu", "Conv"]
+    x = np.random.default_rng(0).normal(size=(2, 4, 6, 6)).astype(np.float32)
+    before, after = (run(ir.from_proto(p), {"x": x}, inner=False)["y"] for p in (proto, written))
+    np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("opset", [7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23])
 def test_opsets(opset: int) -> None:
     net = Net(FREE, 4, 6, 6, opset=opset)

@@ -421,3 +421,18 @@ def test_the_comparison_catches_a_wrong_rule(monkeypatch: pytest.MonkeyPatch) ->
         patch.setattr(AffineMap, "linear", property(lambda m: m))
         with pytest.raises(AssertionError):
             fold_of(both)
+
+
+@pytest.mark.parametrize("norm_of_all", [True, False])
+def test_a_value_of_which_an_output_is_a_part(norm_of_all: bool) -> None:
+    """The parts are views: what they are parts of lives as long as they do, and nobody has kept it."""
+
+    def run(s: Any, x: Tensor) -> tuple[Tensor, ...]:
+        y = s.conv(x)
+        first, second = y.chunk(2, 1)
+        return s.bn(y if norm_of_all else first).relu(), second
+
+    net = Net(run, conv=nn.Conv2d(3, 8, 3), bn=nn.BatchNorm2d(8 if norm_of_all else 4))
+    (site,) = bnctl.fold(net.eval(), torch.randn(2, 3, 8, 8)).report.sites
+    assert (site.name, site.code) == ("bn", "BN102")
+    assert "is a view of it" in str(site.reason)

@@ -56,9 +56,16 @@ class TestOrt:
         onnx.save(linear_onnx(), tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
         np.testing.assert_array_equal(OrtRunner(tmp_path / "m.onnx").run(batch(X))["y"], Y)
         external = ir.load(tmp_path / "m.onnx")
-        np.testing.assert_array_equal(OrtRunner(external).layers(batch(X))["y"], Y)
+        np.testing.assert_array_equal(OrtRunner(external).observe(batch(X), ["y"])[1]["y"], Y)
         monkeypatch.setattr(onnx_source, "INLINE_BYTES", 1)
-        np.testing.assert_array_equal(OrtRunner(ir.from_proto(linear_onnx())).layers(batch(X))["y"], Y)
+        np.testing.assert_array_equal(OrtRunner(ir.from_proto(linear_onnx())).observe(batch(X), ["y"])[1]["y"], Y)
+
+    def test_one_pass_gives_outputs_and_layers(self):
+        outputs, layers = OrtRunner(linear_onnx().SerializeToString()).observe(batch(X), ["m", "y", "other"])
+        np.testing.assert_array_equal(outputs["y"], Y)
+        np.testing.assert_array_equal(layers["m"], X * [1, -1])
+        np.testing.assert_array_equal(layers["y"], Y)
+        assert (list(outputs), sorted(layers)) == (["y"], ["m", "y"])
 
     def test_layers_come_in_order_and_leave_the_model_alone(self):
         model = ir.from_proto(linear_onnx())
@@ -211,7 +218,7 @@ class TestTorch:
         TorchRunner(nn.Sequential(nn.ReLU(inplace=True))).run(batch(x))
         np.testing.assert_array_equal(x, X)
         runner = TorchRunner(module)
-        runner.layers(batch(X))
+        runner.observe(batch(X), ["0", "1"])
         np.testing.assert_array_equal(runner.run(batch(X))["out"], runner.run(batch(X))["out"])
         assert [m.training for m in module.modules()] == [True, True, True, False]
         assert all(torch.equal(before[k], v) for k, v in module.state_dict().items())
@@ -224,7 +231,7 @@ class TestTorch:
 
         module = Broken()
         hooks = len(nn.modules.module._global_forward_hooks)
-        for method in (TorchRunner(module).run, TorchRunner(module).layers):
+        for method in (TorchRunner(module).run, TorchRunner(module).trace):
             with pytest.raises(
                 ModelError, match=r"Broken fails on inputs \(torch.float32\[2, 2\]\): IndexError: too far"
             ):
@@ -235,10 +242,18 @@ class TestTorch:
         assert len(nn.modules.module._global_forward_hooks) == hooks
 
     def test_layers_are_copies_by_path_with_calls_counted(self, residual):
-        values = TorchRunner(residual).layers(batch(FOUR))
+        values = TorchRunner(residual).trace(batch(FOUR)).values
         assert list(values) == ["a", "relu", "b", "relu#2", "side", "last"]
         assert (values["a"] < 0).any()  # not overwritten by the ReLU in place
         assert (values["relu"] >= 0).all()
+
+    def test_one_pass_gives_outputs_and_layers(self, residual):
+        runner = TorchRunner(residual)
+        outputs, layers = runner.observe(batch(FOUR), ["relu", "last"])
+        trace = runner.trace(batch(FOUR)).values
+        assert sorted(layers) == ["last", "relu", "relu#2"]
+        assert all(np.array_equal(value, trace[name]) for name, value in layers.items())
+        assert all(np.array_equal(value, outputs[name]) for name, value in runner.run(batch(FOUR)).items())
 
     def test_data_flow_is_followed_through_functions_and_writes_in_place(self, residual):
         trace = TorchRunner(residual).trace(batch(FOUR))

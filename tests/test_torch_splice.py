@@ -175,3 +175,20 @@ def test_replay_follows_the_parameters_of_its_module() -> None:
     state = {k: torch.zeros_like(v) for k, v in model.state_dict().items()}
     model.load_state_dict(state)
     assert all(not t.any() for t in outputs(model, image()))
+
+
+def test_what_a_hook_inside_a_child_keeps_it_will_keep_again() -> None:
+    """The child's output outlives the pass, and yet the code around it keeps nothing; a tensor that the code keeps itself is another matter."""
+    kept: list[Tensor] = []
+    net = Net(lambda s, x: norm(s.n, s.conv(s.inner(x))).relu(), inner=nn.Sequential(Conv(3, 4, 1), nn.ReLU()))
+    net.conv, net.n = Conv(4, 4, 1), Holder(4)
+    net.inner[1].register_forward_hook(lambda module, args, output: kept.append(output))
+    model = folded(net, image(), {"n": "folded"})
+    assert len(kept) > 1 and isinstance(model.forward, Replay)
+
+    def keeping(s: Any, x: Tensor) -> Tensor:
+        s.seen = s.conv(x)
+        return norm(s.n, s.other(s.seen)).relu()
+
+    net = Net(keeping, conv=Conv(3, 4, 1), other=Conv(4, 4, 1), n=Holder(4))
+    assert [site.code for site in bnctl.fold(net.eval(), image()).report.sites] == ["BN109"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch import nn
 
 from bnctl.data.batches import Batch
 from bnctl.data.resize import other_batch_sizes
-from bnctl.errors import ModelError
+from bnctl.errors import ModelError, UsageError
 from bnctl.numerics.compare import compare, count_flips, rms, tolerance
 from bnctl.runtime.torch import TorchRunner
 from bnctl.runtime.trace import Trace
@@ -130,6 +130,9 @@ class Fixed:
             raise found
         return found
 
+    def observe(self, batch: Batch, layers: Collection[str]) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
+        return self.run(batch), {}
+
     def trace(self, batch: Batch) -> Trace:
         values = self.run(batch)
         return Trace(values, dict.fromkeys(values, ()), tuple(values))
@@ -171,6 +174,11 @@ class TestCompareRunners:
     def test_the_tolerance_can_be_given(self, tolerance):
         near = {"out": GOOD["out"] * np.float32(1 + 1e-4)}
         assert verdict([GOOD], [near], tolerance=tolerance).passed == (tolerance > 1e-4)
+
+    @pytest.mark.parametrize("tolerance", [math.inf, math.nan, -1.0])
+    def test_a_tolerance_that_tells_nothing_apart_is_refused(self, tolerance):
+        with pytest.raises(UsageError, match="tells nothing apart"):
+            verdict([GOOD], [{"out": array(7, 8, 9)}], tolerance=tolerance)
 
     def test_no_samples_do_not_pass(self):
         found = verdict([], [])

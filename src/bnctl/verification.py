@@ -24,15 +24,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bnctl.errors import InputError, ModelError
+from bnctl.errors import InputError, ModelError, UsageError
 from bnctl.numerics.compare import ArrayError, Flips, compare, count_flips
 from bnctl.numerics.compare import tolerance as tolerance_of
+from bnctl.outcome import NO_EVIDENCE, OutputCheck, Verification
 from bnctl.runtime.noise import NOISE_ULPS, rounding_noise
 from bnctl.runtime.trace import Divergence, first_divergence, last_layers
 
 if TYPE_CHECKING:
     from bnctl.data.batches import Batch
     from bnctl.runtime.runner import Runner
+
+__all__ = ["OutputCheck", "Verification", "compare_layers", "compare_runners"]
 
 Outputs = Mapping[str, NDArray[Any]]
 
@@ -42,121 +45,6 @@ of a RexNet one was 3.4 times as far from the model as the model from its float6
 
 DROWNED = 1e-2
 """Relative error from which on agreement by the allowance for rounding is no evidence."""
-
-
-@dataclass(frozen=True)
-class OutputCheck:
-    """One output over all batches.
-
-    Attributes:
-        name: of the output, in the baseline.
-        max_abs: largest error over the batches; inf where two arrays could not be compared.
-        max_rel: largest relative error over the batches.
-        mismatch: the first reason why two arrays could not be compared, or None.
-        informative: whether the baseline gave a finite value other than zero in any batch.
-        equal: within the limit in every batch. Integers and booleans must be equal.
-        noise: the baseline's own rounding noise, absolute, where the limit alone was not met.
-        drowned: rounding noise is so large against the output's scale that agreement says nothing.
-    """
-
-    name: str
-    max_abs: float = 0.0
-    max_rel: float = 0.0
-    mismatch: str | None = None
-    informative: bool = False
-    equal: bool = True
-    noise: float | None = None
-    drowned: bool = False
-
-    def with_batch(self, error: ArrayError, equal: bool, noise: float | None, drowned: bool) -> OutputCheck:
-        """The check with one more batch."""
-        return OutputCheck(
-            self.name,
-            max(self.max_abs, error.max_abs),
-            max(self.max_rel, error.max_rel),
-            self.mismatch or error.mismatch,
-            self.informative or error.informative,
-            self.equal and equal,
-            self.noise if noise is None else max(noise, self.noise or 0.0),
-            self.drowned or drowned,
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON; an infinite error is None, with the mismatch beside it."""
-        return {
-            "name": self.name,
-            "max_abs_error": _finite(self.max_abs),
-            "max_rel_error": _finite(self.max_rel),
-            "mismatch": self.mismatch,
-            "informative": self.informative,
-            "rounding_noise": self.noise,
-            "passed": self.equal,
-        }
-
-
-@dataclass(frozen=True)
-class Verification:
-    """The outcome of comparing a candidate with its baseline.
-
-    Attributes:
-        samples: samples compared.
-        tolerance: the relative error that still counts as equal.
-        passed: whether the two compute the same function, as far as the samples show.
-        reason: why not, in one sentence; None if passed.
-        outputs: one check per output.
-        flips: rows of logits whose argmax differs; None if no output looks like logits.
-        first_difference: the layer where the two part, where that was asked for and found.
-        note: why no such layer is given, or what a reader should know of a pass; None if nothing.
-        layers: inner layers that were compared too.
-        max_layer_error: their largest relative error.
-    """
-
-    samples: int
-    tolerance: float
-    passed: bool
-    reason: str | None
-    outputs: tuple[OutputCheck, ...] = ()
-    flips: Flips | None = None
-    first_difference: Divergence | None = None
-    note: str | None = None
-    layers: int = 0
-    max_layer_error: float = 0.0
-
-    @property
-    def max_abs_error(self) -> float:
-        """Largest absolute error of any output; inf where one could not be compared."""
-        return max((output.max_abs for output in self.outputs), default=math.inf)
-
-    @property
-    def max_rel_error(self) -> float:
-        """Largest error of any output relative to its root mean square; inf where one could not be compared."""
-        return max((output.max_rel for output in self.outputs), default=math.inf)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report's ``verification``; errors that are not finite are None."""
-        first = self.first_difference
-        return {
-            "samples": self.samples,
-            "max_abs_error": _finite(self.max_abs_error),
-            "max_rel_error": _finite(self.max_rel_error),
-            "tolerance": self.tolerance,
-            "passed": self.passed,
-            "reason": self.reason,
-            "outputs": [output.to_dict() for output in self.outputs],
-            "label_flips": None if self.flips is None else self.flips.flipped,
-            "near_ties": None if self.flips is None else self.flips.near_ties,
-            "first_difference": None
-            if first is None
-            else {
-                "layer": first.name,
-                "max_abs_error": _finite(first.max_abs),
-                "max_rel_error": _finite(first.max_rel),
-                "mismatch": first.mismatch,
-            },
-            "layers": self.layers,
-            "max_layer_error": self.max_layer_error,
-            "note": self.note,
-        }
 
 
 @dataclass
@@ -200,6 +88,8 @@ def compare_runners(
     batches: Iterable[Batch],
     *,
     where_taken: Iterable[Batch] = (),
+    layers: Collection[str] = (),
+    altered: Collection[str] = (),
     tolerance: float | None = None,
     locate: bool = True,
 ) -> Verification:
@@ -213,24 +103,30 @@ def compare_runners(
         candidate: to be judged.
         batches: inputs; each is used once, nothing but maxima is kept.
         where_taken: further inputs that count only where the baseline takes them: some models are made for one batch size.
+        layers: inner layers whose output must be the same, see :func:`compare_layers`; looked at in the first batch of one sample that counts.
+        altered: inner layers whose output the surgery changes: that they differ is no evidence.
         tolerance: largest relative error; by default it follows from the coarser float type of the two.
         locate: on failure, look for the first layer that differs (one more run of both models).
 
     Raises:
         ModelError: the baseline does not take a batch.
+        UsageError: the tolerance is negative, infinite or not a number.
     """
+    if tolerance is not None and not 0 <= tolerance < math.inf:
+        raise UsageError(f"a tolerance of {tolerance} tells nothing apart", hint="give a number such as 1e-4, or none")
     limit = tolerance
     if limit is None:
         limit = max(tolerance_of(baseline.precision), tolerance_of(candidate.precision))
-    progress = _Progress(limit)
+    progress, inner = _Progress(limit), _Inner(layers if baseline.kind == candidate.kind else (), limit)
 
     def outcome(reason: str | None, first: Divergence | None = None, note: str | None = None) -> Verification:
         checks = tuple(progress.checks.values())
         return Verification(progress.samples, limit, reason is None, reason, checks, progress.flips, first, note)
 
     for batch, required in chain(((b, True) for b in batches), ((b, False) for b in where_taken)):
+        names = inner.wanted(batch)
         try:
-            expected = baseline.run(batch)
+            expected, before = baseline.observe(batch, names)
         except InputError:
             if required:
                 raise
@@ -240,19 +136,21 @@ def compare_runners(
         elif not all(np.isfinite(value).all() for value in expected.values() if value.dtype.kind == "f"):
             continue
         try:
-            actual = candidate.run(batch)
+            actual, after = candidate.observe(batch, names)
         except ModelError as error:
             return outcome(f"the candidate fails on inputs that the baseline takes: {error}")
         if len(expected) != len(actual):
             return outcome(f"the candidate has {len(actual)} outputs, the baseline {len(expected)}")
         noise_of = cache(lambda batch=batch, expected=expected: rounding_noise(baseline, batch, expected))
         progress.add(batch, expected, actual, noise_of, required)
+        if names:
+            inner.add(baseline, batch, before, after)
     reason = _reason(progress)
     drowned = any(check.drowned for check in progress.checks.values())
-    if (reason == _NO_EVIDENCE or (reason is None and drowned)) and locate:
-        return outcome(*_look_inside(baseline, candidate, example, limit))
+    if (reason == NO_EVIDENCE or (reason is None and drowned)) and locate:
+        return inner.judge(outcome(*_look_inside(baseline, candidate, example, limit, altered)))
     if reason is None:
-        return outcome(_NO_EVIDENCE if drowned else None, note=_noise_note(progress))
+        return inner.judge(outcome(NO_EVIDENCE if drowned else None, note=_noise_note(progress)))
     if progress.failed_on is None or not locate:
         return outcome(reason)
     return outcome(reason, *_locate(baseline, candidate, progress.failed_on, limit))
@@ -272,13 +170,50 @@ def _reason(progress: _Progress) -> str | None:
             detail = check.mismatch or f"relative error {check.max_rel:.3g}, tolerance {progress.limit:.3g}"
             return f"output {check.name!r} differs: {detail}"
     if not any(check.informative for check in progress.checks.values()):
-        return _NO_EVIDENCE
+        return NO_EVIDENCE
     return None
 
 
 LAYER_FACTOR = 10.0
 """How much more than an output an inner layer may differ, relative to its scale: layers are compared to find faults, which
 are of the order of 1, and not every inner value is as well conditioned as an output."""
+
+
+@dataclass
+class _Inner:
+    """What is known of inner layers. They are large: they are looked at once, on one sample."""
+
+    names: Collection[str]
+    limit: float
+    errors: dict[str, ArrayError] = field(default_factory=dict)
+    first: Divergence | None = None
+
+    def wanted(self, batch: Batch) -> Collection[str]:
+        return self.names if batch.size == 1 and not self.errors else ()
+
+    def add(self, baseline: Runner, batch: Batch, before: Outputs, after: Outputs) -> None:
+        limit = LAYER_FACTOR * self.limit
+        self.errors = {name: compare(before[name], after[name]) for name in before if name in after}
+        beyond = {name: before[name] for name, error in self.errors.items() if not error.within(limit)}
+        noise = rounding_noise(baseline, batch, beyond, layers=True) if beyond else {}
+        for name in beyond:
+            error = self.errors[name]
+            if error.mismatch is not None or error.max_abs > NOISE_FACTOR * noise[name]:
+                self.first = Divergence(name, error.max_abs, error.max_rel, error.mismatch)
+                return
+
+    def judge(self, verification: Verification) -> Verification:
+        """A verification of the outputs, with what the layers say; a failed one as it is."""
+        if not verification.passed:
+            return verification
+        if self.first is not None:
+            tolerance = LAYER_FACTOR * self.limit
+            detail = self.first.mismatch or f"relative error {self.first.max_rel:.3g}, tolerance {tolerance:.3g}"
+            reason = f"layer {self.first.name} differs: {detail}"
+            return replace(verification, passed=False, reason=reason, first_difference=self.first)
+        telling = [error for error in self.errors.values() if error.informative]
+        worst = max((error.max_rel for error in self.errors.values()), default=0.0)
+        return replace(verification, layers=len(telling), max_layer_error=worst)
 
 
 def compare_layers(
@@ -300,36 +235,24 @@ def compare_layers(
     if not verification.passed or not names or baseline.kind != candidate.kind:
         return verification
     try:
-        before, after = baseline.layers(batch, names), candidate.layers(batch, names)
+        (_, before), (_, after) = (runner.observe(batch, names) for runner in (baseline, candidate))
     except ModelError:  # made for one batch size
         return verification
-    limit = LAYER_FACTOR * verification.tolerance
-    errors = {name: compare(before[name], after[name]) for name in before if name in after}
-    beyond = {name: before[name] for name, error in errors.items() if not error.within(limit)}
-    noise = rounding_noise(baseline, batch, beyond, layers=True) if beyond else {}
-    for name in beyond:
-        error = errors[name]
-        if error.mismatch is not None or error.max_abs > NOISE_FACTOR * noise[name]:
-            first = Divergence(name, error.max_abs, error.max_rel, error.mismatch)
-            detail = error.mismatch or f"relative error {error.max_rel:.3g}, tolerance {limit:.3g}"
-            return replace(verification, passed=False, reason=f"layer {name} differs: {detail}", first_difference=first)
-    telling = [error for error in errors.values() if error.informative]
-    worst = max((error.max_rel for error in errors.values()), default=0.0)
-    return replace(verification, layers=len(telling), max_layer_error=worst)
-
-
-_NO_EVIDENCE = "every output of the baseline is zero, NaN, infinite, empty, or drowned in rounding: agreement proves nothing; use other inputs"
+    inner = _Inner(names, verification.tolerance)
+    inner.add(baseline, batch, before, after)
+    return inner.judge(verification)
 
 
 def _look_inside(
-    baseline: Runner, candidate: Runner, batch: Batch, limit: float
+    baseline: Runner, candidate: Runner, batch: Batch, limit: float, altered: Collection[str]
 ) -> tuple[str | None, Divergence | None, str | None]:
     """Reason, place and note where the outputs say nothing: the layers closest to them are compared instead, where both models have them."""
     if baseline.kind != candidate.kind:
-        return _NO_EVIDENCE, None, None
-    layers = last_layers(baseline.trace(batch), candidate.trace(batch), baseline.run(batch).values())
+        return NO_EVIDENCE, None, None
+    outputs = baseline.run(batch).values()
+    layers = last_layers(baseline.trace(batch), candidate.trace(batch), outputs, limit, altered)
     if not layers:
-        return _NO_EVIDENCE, None, None
+        return NO_EVIDENCE, None, None
     names = ", ".join(layers)
     for name, error in layers.items():
         if not error.within(limit):
@@ -368,7 +291,3 @@ def _locate(baseline: Runner, candidate: Runner, batch: Batch, limit: float) -> 
         first,
         None if first else "all common layers that lead to the outputs agree: the difference arises after them",
     )
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

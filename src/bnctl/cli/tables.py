@@ -92,7 +92,7 @@ def _sites(report: Report, verbose: bool) -> Table:
         Column("into", [", ".join(s.into) for s in shown], wraps=True),
         Column("drift, nats", [_figure(_drift(s)) for s in shown], right=True),
         Column("self-consistency", [_figure(s.details.get("self_consistency")) for s in shown], right=True),
-        Column("mean known to, sd", [_figure(s.details.get("standard_error")) for s in shown], right=True),
+        Column("± mean, sd", [_figure(s.details.get("standard_error")) for s in shown], right=True),
         Column("code", [s.code or "" for s in shown]),
         Column("why", [_why(s, verbose) for s in shown], wraps=True),
         rest=_rest(len(sites) - len(shown), counts),

@@ -55,12 +55,16 @@ RECALIBRATE = (
          "Look at self_consistency: below 1e-3 it hardly matters. Else give each call a layer of its own."),
     Code("BN307", "statistics merged with gamma and beta",
          "The ONNX graph scales and shifts each channel by constants. If that was a BatchNorm, mean and variance were multiplied into gamma and beta when the "
-         "model was exported, and cannot be told from them.",
+         "model was exported, and cannot be told from them; or 1/sqrt(var + eps) is a constant factor beside gamma, and which is which cannot be told.",
          "Nothing to do if it never was one. Else recalibrate the model that it was exported from, or export it without optimisation."),
     Code("BN308", "out of reach",
          "The BatchNormalization stands in the body of an If, Loop or Scan, or in a local function that cannot be inlined: what comes there, and how often, "
          "is not seen from outside. Or its statistics vary over positions (spatial=0 before opset 9).",
          "Recalibrate the model that it was exported from; inline the functions (onnx.inliner) where that is what holds the layer."),
+    Code("BN309", "eps is not in the graph",
+         "The ONNX graph divides by a stored sqrt(var + eps): the layer was recalibrated, and sqrt(var + 1e-5) of the new variance is stored. Where the "
+         "layer was built with another eps, channels whose variance is not far above it differ from what a recalibration before the export gives.",
+         "Nothing to do for the usual variances. Else recalibrate the model that it was exported from."),
 )  # fmt: skip
 
 CHECK = (

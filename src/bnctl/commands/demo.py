@@ -143,7 +143,7 @@ def _steps(folder: Path) -> list[Step]:
             ),
         ),
         Step(
-            "The camera changed: less contrast, more noise. Recalibrate the statistics on unlabelled images of the new kind.",
+            "The camera changed: less contrast, more noise. Recalibrate the statistics on images of the new kind; one in five judges the result.",
             ["recalibrate", bn, "--data", shifted, "-o", str(folder / "recalibrated")],
             lambda tell: run_recalibrate(bn, at("recalibrated"), on(shifted, tell), Recalibration(hold_out=HOLD_OUT)),
         ),

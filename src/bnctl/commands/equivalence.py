@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
-from bnctl.data.resize import other_batch_sizes, other_shapes, other_values, resized
+from bnctl.data.resize import other_shapes, other_values, resized
 from bnctl.errors import EquivalenceError
 from bnctl.runtime import open_runner
 from bnctl.verification import Verification, compare_layers, compare_runners
@@ -29,6 +29,7 @@ def check_equivalence(
     example: Batch,
     *,
     layers: Collection[str] = (),
+    altered: Collection[str] = (),
     vary: Collection[Varied] = ("values", "batch size", "shape"),
     tolerance: float | None = None,
     device: str = "cpu",
@@ -42,6 +43,7 @@ def check_equivalence(
         after: the model after surgery.
         example: inputs.
         layers: inner layers whose outputs the surgery preserves, to be compared too, on one sample.
+        altered: inner layers whose outputs the surgery changes.
         vary: what of the example the second model must take in other forms where the first does; an exported graph has sizes that are fixed on purpose.
         tolerance: largest relative error that counts as equal; by default it follows from the dtype.
         device: "cpu" or "cuda".
@@ -50,18 +52,32 @@ def check_equivalence(
     threads = min(os.cpu_count() or 1, MOST_THREADS)
     with keeping(before), keeping(after):
         baseline, candidate = (open_runner(model, threads=threads, device=device) for model in (before, after))
-        verification = compare_runners(baseline, candidate, [example], where_taken=others, tolerance=tolerance)
+        verification = compare_runners(
+            baseline,
+            candidate,
+            [example],
+            where_taken=others,
+            layers=layers,
+            altered=altered,
+            tolerance=tolerance,
+        )
+        if verification.layers:
+            return verification
         return compare_layers(baseline, candidate, resized(example, 1), layers, verification)
 
 
 def _variations(example: Batch, vary: Collection[Varied]) -> Iterator[Batch]:
-    """The example in other forms. Other sizes and other values share their runs: a fault in either shows."""
-    sizes = other_batch_sizes(example) if "batch size" in vary else []
-    small = resized(example, min(example.size, 2)) if example.size and "batch size" in vary else example
-    for number, batch in enumerate([*reversed(sizes), small, small][: max(len(sizes), 2)]):
-        yield other_values(batch)[number] if "values" in vary else batch
+    """The example in other forms. Another size and other values share their runs: a fault in either shows.
+
+    One sample is the size to look inside at, and the cheapest; an example of one sample becomes two.
+    """
+    other = resized(example, 2 if example.size == 1 else 1) if "batch size" in vary and example.size else example
+    if "values" in vary:
+        yield from other_values(other)
+    elif "batch size" in vary:
+        yield other
     if "shape" in vary:
-        yield from other_shapes(small)
+        yield from other_shapes(other)
 
 
 def keeping(model: Model) -> AbstractContextManager[None]:
@@ -75,7 +91,7 @@ def keeping(model: Model) -> AbstractContextManager[None]:
 
 
 def require(verification: Verification, command: str, word: str, culprits: Sequence[str] = ()) -> None:
-    """Refuse a surgery that changed the function.
+    """Refuse a surgery that changed the function, or of which that cannot be said.
 
     Args:
         verification: before against after.
@@ -88,6 +104,12 @@ def require(verification: Verification, command: str, word: str, culprits: Seque
     """
     if verification.passed:
         return
+    if verification.inconclusive:
+        raise EquivalenceError(
+            f"{command} of {word} cannot be verified: {verification.reason}. Nothing was written.",
+            hint="give inputs with --data on which the outputs are not all zero",
+            verification=verification.to_dict(),
+        )
     first = verification.first_difference
     where = f"; they part at {first.name}" if first is not None else ""
     where += f". It is the {command} of {_listed(culprits)} that does it" if culprits else ""

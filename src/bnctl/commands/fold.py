@@ -58,7 +58,9 @@ def fold_model(
     if verify:
         verification = _compared(model, rounds, example, tolerance, device)
         if not verification.passed:
-            require(verification, "fold", model.word, _culprits(model, rounds, example, options, tolerance, device))
+            found = not verification.inconclusive
+            culprits = _culprits(model, rounds, example, options, tolerance, device) if found else ()
+            require(verification, "fold", model.word, culprits)
         report = replace(report, verification=verification.to_dict())
     return Outcome(rounds.model, replace(report, elapsed_s=time.perf_counter() - started))
 
@@ -66,7 +68,15 @@ def fold_model(
 def _compared(model: Model, rounds: Rounds, example: Batch, tolerance: float | None, device: str) -> Verification:
     from bnctl.commands.equivalence import check_equivalence
 
-    return check_equivalence(model, rounds.model, example, layers=rounds.preserved, tolerance=tolerance, device=device)
+    return check_equivalence(
+        model,
+        rounds.model,
+        example,
+        layers=rounds.preserved,
+        altered=rounds.altered,
+        tolerance=tolerance,
+        device=device,
+    )
 
 
 def _culprits(

@@ -44,7 +44,8 @@ class Rounds:
     Args:
         model: as it is now.
         sites: what became of each layer, by name.
-        preserved: layers whose output is still what it was.
+        preserved: removed layers whose output is still what it was.
+        altered: layers whose output is not.
         added_parameters: by untying.
         notes: of the captures.
         changed: whether anything was done.
@@ -54,6 +55,7 @@ class Rounds:
     model: Model
     sites: dict[str, Site] = field(default_factory=dict)
     preserved: set[str] = field(default_factory=set)
+    altered: set[str] = field(default_factory=set)
     added_parameters: int = 0
     notes: dict[str, None] = field(default_factory=dict)
     changed: bool = False
@@ -110,6 +112,7 @@ def _fold(
     if plan.removed and not plan_only:
         state.model, state.changed = engine.fold(captured, plan), True
         state.preserved |= {engine.shown_as(captured, node) for node in plan.preserved}
+        state.altered |= engine.shows(captured, plan.meaning)
         state.added_parameters += plan.added_parameters
 
 
@@ -126,6 +129,8 @@ def _merge(state: Rounds, engine: Engine, example: Batch, takes: Callable[[str],
         for node in (term.node for term in merge.terms if term.node is not None):
             action = "merged" if isinstance(node.op, LinearOp) else "folded"
             state.sites[node.layer] = Site(node.layer, action, (merge.into.layer,))
-        state.preserved -= engine.shows(captured, changed_values(merge, captured.graph))
+        changed = engine.shows(captured, changed_values(merge, captured.graph))
+        state.preserved -= changed
+        state.altered |= changed
     state.model, state.changed = engine.merge(captured, merges), True
     return True

@@ -61,11 +61,11 @@ class Engine(Protocol):
         ...
 
     def shows(self, captured: Captured, values: Collection[int]) -> set[str]:
-        """The names under which :meth:`bnctl.runtime.Runner.layers` would show values that a merge changes, in the model after it."""
+        """The names under which :meth:`bnctl.runtime.Runner.observe` would show values that a merge changes, in the model after it."""
         ...
 
     def shown_as(self, captured: Captured, node: Node) -> str:
-        """The name under which :meth:`bnctl.runtime.Runner.layers` shows the output of a node."""
+        """The name under which :meth:`bnctl.runtime.Runner.observe` shows the output of a node."""
         ...
 
     def calibrate(

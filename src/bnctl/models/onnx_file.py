@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import file_digest, sha256
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +35,7 @@ def check_external_data(path: str | os.PathLike[str]) -> None:
         ModelError: the file is not ONNX, or a tensor's data lie elsewhere; the tensor is named.
     """
     file = Path(path)
-    _check_external(_read_proto(file), file)
+    _check_external(_parsed(_content(file), file), file)
 
 
 def load_onnx(path: str | os.PathLike[str]) -> onnx_ir.Model:
@@ -44,11 +46,25 @@ def load_onnx(path: str | os.PathLike[str]) -> onnx_ir.Model:
     Raises:
         ModelError: see :func:`check_external_data`; or an initializer is sparse, which onnx-ir would drop.
     """
+    file = Path(path)
+    return _model(_parsed(_content(file), file), file)
+
+
+def load_with_digest(path: str | os.PathLike[str]) -> tuple[onnx_ir.Model, str]:
+    """As :func:`load_onnx`, with the SHA-256 of the file, in hexadecimal. The file is read once and hashed while it is parsed."""
+    import bnctl.engines.onnx  # noqa: F401  (it imports onnx-ir, and better before there are threads)
+
+    file = Path(path)
+    content = _content(file)
+    with ThreadPoolExecutor(1) as pool:
+        digest = pool.submit(lambda: sha256(content).hexdigest())
+        return _model(_parsed(content, file), file), digest.result()
+
+
+def _model(proto: onnx.ModelProto, file: Path) -> onnx_ir.Model:
     import onnx_ir
     from onnx.external_data_helper import load_external_data_for_tensor
 
-    file = Path(path)
-    proto = _read_proto(file)
     _check_external(proto, file)
     _refuse_sparse(proto, file)
     folder = str(file.resolve().parent)
@@ -59,6 +75,7 @@ def load_onnx(path: str | os.PathLike[str]) -> onnx_ir.Model:
         model = onnx_ir.from_proto(proto)
         # The absolute folder: with an empty one, onnx-ir would skip its own checks when it maps the file.
         onnx_ir.external_data.set_base_dir(model.graph, folder)
+        _list_initializers(model)
     except Exception as error:
         raise ModelError(
             f"{file} is not a valid ONNX model: {type(error).__name__}: {error}",
@@ -67,16 +84,27 @@ def load_onnx(path: str | os.PathLike[str]) -> onnx_ir.Model:
     return model
 
 
+def _list_initializers(model: onnx_ir.Model) -> None:
+    """Before IR version 4 every initializer must be listed as an input, and is a constant all the same. Files in which some are not run, but are not valid."""
+    from bnctl.engines.onnx.shapes import IR_VERSION_WITH_DEFAULTS
+
+    if model.ir_version < IR_VERSION_WITH_DEFAULTS:
+        model.graph.inputs.extend(v for v in model.graph.initializers.values() if not v.is_graph_input())
+
+
 def save_onnx(
     model: onnx_ir.Model,
     path: str | os.PathLike[str],
     *,
     force: bool = False,
     check: Callable[[Path], None] | None = None,
-) -> None:
+) -> str:
     """Write a model in one step, its large tensors to `<path>.data` beside it where it had external data or is above 1.9 GB.
 
     The data file is in place before the model that refers to it. `check` is given the complete file before it is put in place.
+
+    Returns:
+        The SHA-256 of the model's file, in hexadecimal.
 
     Raises:
         UsageError: the output, or the data file it needs, exists and `force` is not set.
@@ -103,20 +131,30 @@ def save_onnx(
             ) from error
         if check is not None:
             check(folder / target.name)
-        for output in outputs:
-            # No data file is written when every tensor is small.
-            if (folder / output.name).exists():
-                publish(folder / output.name, output, force=force)
+        with (folder / target.name).open("rb") as written, ThreadPoolExecutor(1) as pool:
+            digest = pool.submit(file_digest, written, "sha256")  # while the disk is busy
+            for output in outputs:
+                # No data file is written when every tensor is small.
+                if (folder / output.name).exists():
+                    publish(folder / output.name, output, force=force)
+            return digest.result().hexdigest()
 
 
-def _read_proto(path: Path) -> onnx.ModelProto:
+def _content(path: Path) -> bytes:
+    require_file(path)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}", hint="may you read it?") from error
+
+
+def _parsed(content: bytes, path: Path) -> onnx.ModelProto:
     import onnx
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-    require_file(path)
     try:
-        proto = onnx.load(str(path), format="protobuf", load_external_data=False)
-    except (DecodeError, OSError, ValueError) as error:
+        proto = onnx.load_model_from_string(content)
+    except (DecodeError, ValueError) as error:
         raise ModelError(
             f"{path} is not an ONNX file, or is cut off: {error}", hint="copy or export it again"
         ) from error

@@ -59,9 +59,10 @@ def open_model(
 
 
 def _open_onnx(word: OnnxWord) -> Model:
-    from bnctl.models.onnx_file import load_onnx
+    from bnctl.models.onnx_file import load_with_digest
 
-    return Model("onnx", load_onnx(word.path), word.word, sha256_file(word.path))
+    native, sha256 = load_with_digest(word.path)
+    return Model("onnx", native, word.word, sha256)
 
 
 def _open_pt2(word: Pt2Word, trust: bool) -> Model:

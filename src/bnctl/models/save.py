@@ -131,8 +131,7 @@ def write_onnx(native: Any, path: Path, *, force: bool) -> Artifact:
     from bnctl.models.onnx_file import save_onnx
     from bnctl.report import Artifact
 
-    save_onnx(native, path, force=force, check=_check_onnx)
-    return Artifact(str(path), sha256_file(path))
+    return Artifact(str(path), save_onnx(native, path, force=force, check=_check_onnx))
 
 
 def _check_onnx(path: Path) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bnctl.graph.affine import AffineMap, Array
+from bnctl.graph.affine import AffineMap, Array, Shape
 from bnctl.graph.graph import Graph, Node
 from bnctl.graph.ops import Affine, Conv, Embedding, Identity, LinearOp, Sum
 from bnctl.graph.window import Window
@@ -172,7 +172,7 @@ def _terms(node: Node, graph: Graph, sign: int) -> Iterator[Term]:
     shape = graph.values[node.outputs[0]].shape
     for index, (value, own) in enumerate(zip(node.inputs, node.op.signs, strict=True)):
         producer = graph.producer.get(value)
-        if shape is None or graph.values[value].shape != shape:  # it is broadcast
+        if not _may_be_equal(graph.values[value].shape, shape):  # it is broadcast
             continue
         private = len(graph.readers[value]) == 1 and graph.values[value].observed is None
         if producer is not None and isinstance(producer.op, Sum) and private:
@@ -180,6 +180,13 @@ def _terms(node: Node, graph: Graph, sign: int) -> Iterator[Term]:
         elif private and producer is not None and _takes_one_value(producer):
             yield Term(sign * own, value, _source(producer.inputs[0], graph), producer, (node, index))
         yield Term(sign * own, value, _source(value, graph), None, (node, index))
+
+
+def _may_be_equal(one: Shape | None, two: Shape | None) -> bool:
+    """Whether two shapes have as many axes and no two known sizes that differ. Linear operators over one value agree in the others where their windows join."""
+    if one is None or two is None or len(one) != len(two):
+        return False
+    return all(a == b for a, b in zip(one, two, strict=True) if isinstance(a, int) and isinstance(b, int))
 
 
 def _takes_one_value(node: Node) -> bool:
@@ -245,13 +252,11 @@ def _with(merge: Merge, term: Term, graph: Graph) -> Merge | None:
     inner, outer = op.layout.channels(merge.into.weight.shape)
     other = None if term.node is None else term.node.op
     if isinstance(other, LinearOp):
-        assert term.node is not None
+        assert term.node is not None and term.node.weight is not None and term.node.weight.shape is not None
         parameters = (s for s in (term.node.weight, term.node.bias) if s is not None)
-        if (
-            type(other) is not type(op)
-            or other.layout.groups != op.layout.groups
-            or any(s.obstacle for s in parameters)
-        ):
+        if type(other) is not type(op) or any(s.obstacle for s in parameters):
+            return None
+        if other.layout.groups != op.layout.groups or other.layout.channels(term.node.weight.shape) != (inner, outer):
             return None
         kernel = _kernel(term.node)
         window = other.window if isinstance(other, Conv) else None

@@ -8,7 +8,7 @@ from bnctl.errors import OverflowInFoldError
 from bnctl.graph.affine import Array
 from bnctl.graph.ops import LinearOp
 from bnctl.numerics.absorb import absorb_input, absorb_output, absorb_padded
-from bnctl.plan.fold import Edit
+from bnctl.plan.draft import Edit
 
 
 def new_parameters(edit: Edit, weight: Array, bias: Array | None) -> tuple[Array, Array]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import TYPE_CHECKING
@@ -28,12 +28,14 @@ class Account:
 
     Args:
         site: the site.
+        first: when it was called first.
         seen: moments of everything.
         calls: how many calls that was.
         average: the running statistics as training would have them by now.
     """
 
     site: Site
+    first: Moment
     seen: Seen
     calls: int
     average: Statistics
@@ -46,7 +48,7 @@ class Account:
 
 @dataclass(eq=False)
 class Book:
-    """The accounts of all sites, by name in the order in which they were first entered."""
+    """The accounts of all sites, by name."""
 
     accounts: dict[str, Account] = field(default_factory=dict)
     _notes: dict[str, tuple[Site, list[Note]]] = field(default_factory=dict)
@@ -67,11 +69,14 @@ class Book:
             merged.setdefault(name, (site, []))[1].extend(notes)
         for _, notes in merged.values():
             notes.sort(key=itemgetter(0))
-        in_order = sorted(merged.values(), key=lambda entry: entry[1][0][0])
-        return {site.name: _enter(self.accounts.get(site.name), site, notes) for site, notes in in_order}
+        return {name: _enter(self.accounts.get(name), site, notes) for name, (site, notes) in merged.items()}
+
+    def in_order(self) -> list[Account]:
+        """The accounts, in the order of their first calls."""
+        return sorted(self.accounts.values(), key=lambda account: account.first)
 
 
-def _enter(account: Account | None, site: Site, notes: Iterable[Note]) -> Account:
+def _enter(account: Account | None, site: Site, notes: Sequence[Note]) -> Account:
     """The account after further calls, one after the other: the order decides on the last bit, and on training's average."""
     seen, calls, average = (None, 0, site.before) if account is None else (account.seen, account.calls, account.average)
     for _, new in notes:
@@ -81,7 +86,7 @@ def _enter(account: Account | None, site: Site, notes: Iterable[Note]) -> Accoun
             average = moving_average(average, [training], site.momentum, site.calls_before + calls)
         calls += 1
     assert seen is not None, "a site is entered with its first call"
-    return Account(site, seen, calls, average)
+    return Account(site, notes[0][0] if account is None else account.first, seen, calls, average)
 
 
 def _for_training(site: Site, seen: Seen) -> Moments:

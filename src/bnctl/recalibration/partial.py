@@ -74,7 +74,7 @@ class Partial:
         if self.path is None or not self.path.exists():
             return None
         try:
-            with np.load(self.path, allow_pickle=False) as archive:
+            with self.path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
                 arrays = dict(archive)
             head = json.loads(str(arrays["head"]))
             about = head["about"]
@@ -129,7 +129,7 @@ class Partial:
 
 def _entry(account: Account) -> dict[str, Any]:
     counts = {"values": account.seen.values.count, "samples": account.seen.samples.count, "calls": account.calls}
-    return {name: getattr(account.site, name) for name in _SCALARS} | counts
+    return {name: getattr(account.site, name) for name in _SCALARS} | counts | {"first": account.first}
 
 
 def _vectors(account: Account) -> Any:
@@ -142,4 +142,4 @@ def _account(entry: Mapping[str, Any], vectors: Any) -> Account:
     before, values, samples, average = vectors[0:2], vectors[2:4], vectors[4:6], vectors[6:8]
     site = Site(**{name: entry[name] for name in _SCALARS}, before=(before[0], before[1]))
     seen = Seen(Moments(entry["values"], *values), Moments(entry["samples"], *samples))
-    return Account(site, seen, entry["calls"], (average[0], average[1]))
+    return Account(site, tuple(entry["first"]), seen, entry["calls"], (average[0], average[1]))

@@ -38,7 +38,7 @@ def rounding_noise(
     """
 
     def run(model: Runner, given: Batch) -> Mapping[str, NDArray[Any]]:
-        return model.layers(given, list(values)) if layers else model.run(given)
+        return model.observe(given, list(values))[1] if layers else model.run(given)
 
     noise = dict.fromkeys(values, 0.0)
     for other in _others(runner, batch, run):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bnctl.errors import ModelError, UsageError
-from bnctl.runtime import onnx_source
+from bnctl.runtime import arena, onnx_source
 from bnctl.runtime.feeds import InputSpec, dtype_of, match_inputs
 from bnctl.runtime.onnx_source import OnnxSource
 from bnctl.runtime.trace import Trace
@@ -42,6 +42,7 @@ class OrtRunner:
         threads: intra-op threads.
         device: "cpu" or "cuda".
         name: what to call the model in errors.
+        shared_arena: take memory from the arena of :func:`bnctl.runtime.arena.shared_arena`.
 
     Raises:
         ModelError: the runtime cannot load the model.
@@ -58,11 +59,13 @@ class OrtRunner:
         threads: int = 1,
         device: str = "cpu",
         name: str | None = None,
+        shared_arena: bool = False,
     ) -> None:
         self.name = name or (str(model) if isinstance(model, (str, Path)) else "the ONNX model")
         self._source = model
         self._threads = threads
         self._device = device
+        self._shared_arena = shared_arena
         self._shared: dict[str, onnxruntime.OrtValue] = {}  # weights that the sessions read; they must live as long
         self._session = self._open(model, optimised=optimised)
         self._required = [_spec(i) for i in self._session.get_inputs()]
@@ -75,24 +78,31 @@ class OrtRunner:
 
     def run(self, batch: Batch) -> dict[str, NDArray[Any]]:
         """Outputs by name, in the model's order. See :meth:`bnctl.runtime.Runner.run`."""
-        values = self._run(self._session, self._feeds(batch))
-        for name, value in values.items():
-            if value is None:
-                raise ModelError(f"{self.name}: output {name!r} is not a tensor", hint="bnctl compares tensors only")
-        return {name: value for name, value in values.items() if value is not None}
+        return self._tensors(self._run(self._session, self._feeds(batch)))
 
-    def layers(self, batch: Batch, names: Collection[str] | None = None) -> dict[str, NDArray[Any]]:
-        """Values inside the graph by name, in topological order; values inside subgraphs and functions are not seen."""
-        exposed = onnx_source.expose(self._source, names)
+    def run_values(self, values: Mapping[str, onnxruntime.OrtValue]) -> dict[str, onnxruntime.OrtValue]:
+        """Like :meth:`run`, on values in the runtime's own memory, and giving such: nothing is copied.
+
+        Args:
+            values: the inputs, and any others.
+        """
+        feeds = {spec.name: values[spec.name] for spec in self._required}
+        return self._run_raw(self._session, feeds)
+
+    def observe(self, batch: Batch, layers: Collection[str]) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
+        """Outputs, and values inside the graph by name; values inside subgraphs and functions are not seen."""
+        if not layers:
+            return self.run(batch), {}
+        exposed = onnx_source.expose(self._source, layers)
         values = self._run(self._open(exposed.model, optimised=False), self._feeds(batch))
-        wanted = exposed.parents.keys() if names is None else names
-        return {name: v for name, v in values.items() if v is not None and name in wanted}
+        inner = {name: value for name, value in values.items() if value is not None and name in layers}
+        return self._tensors({name: values[name] for name in exposed.outputs}), inner
 
     def in_float64(self) -> None:
         """ONNX Runtime has no float64 kernels for many operators, Conv among them."""
 
     def trace(self, batch: Batch) -> Trace:
-        """Like :meth:`layers`, with what each value was computed from."""
+        """Values inside the graph by name, in topological order, with what each was computed from."""
         exposed = onnx_source.expose(self._source)
         values = self._run(self._open(exposed.model, optimised=False), self._feeds(batch))
         inner = {name: values[name] for name in exposed.parents}
@@ -106,21 +116,33 @@ class OrtRunner:
 
     def _feeds(self, batch: Batch) -> dict[str, onnxruntime.OrtValue]:
         arrays = match_inputs(batch, self._required, self._optional, self.name)
-        return {name: _to_ort(array, self._device) for name, array in arrays.items()}
+        return {name: from_array(array, self._device) for name, array in arrays.items()}
 
     def _run(
         self, session: onnxruntime.InferenceSession, feeds: dict[str, onnxruntime.OrtValue]
     ) -> dict[str, NDArray[Any] | None]:
+        values = self._run_raw(session, feeds)
+        return {name: None if (array := view(value)) is None else np.array(array) for name, value in values.items()}
+
+    def _run_raw(
+        self, session: onnxruntime.InferenceSession, feeds: dict[str, onnxruntime.OrtValue]
+    ) -> dict[str, onnxruntime.OrtValue]:
         names = [output.name for output in session.get_outputs()]
         try:
-            values = session.run_with_ort_values(names, feeds)
+            return dict(zip(names, session.run_with_ort_values(names, feeds), strict=True))
         except Exception as error:  # the runtime's errors share no base class
             shapes = {name: value.shape() for name, value in feeds.items()}
             raise ModelError(
                 f"{self.name} fails on inputs of shape {shapes}: {_first_line(error)}",
                 hint="check that the model takes inputs of this shape (a batch size may be fixed inside it)",
             ) from error
-        return {name: _to_numpy(value) for name, value in zip(names, values, strict=True)}
+
+    def _tensors(self, values: dict[str, NDArray[Any] | None]) -> dict[str, NDArray[Any]]:
+        found = {name: value for name, value in values.items() if value is not None}
+        if len(found) < len(values):
+            name = next(name for name in values if name not in found)
+            raise ModelError(f"{self.name}: output {name!r} is not a tensor", hint="bnctl compares tensors only")
+        return found
 
     def _open(self, model: OnnxSource, *, optimised: bool) -> onnxruntime.InferenceSession:
         import onnxruntime
@@ -139,6 +161,8 @@ class OrtRunner:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.inter_op.allow_spinning", "0")
         options.log_severity_level = _ERRORS_ONLY
+        if self._shared_arena:
+            options.add_session_config_entry(*arena.ENTRY)
         try:
             with onnx_source.loadable(model, shared=not optimised) as (source, weights):
                 for name, tensor in weights.items():
@@ -157,7 +181,8 @@ def _spec(node: Any) -> InputSpec:
     return InputSpec(node.name, dtype_of(node.type), tuple(node.shape))
 
 
-def _to_ort(array: NDArray[Any], device: str) -> onnxruntime.OrtValue:
+def from_array(array: NDArray[Any], device: str = "cpu") -> onnxruntime.OrtValue:
+    """An array as the runtime holds it; on the CPU, in the array's own memory."""
     from onnxruntime import OrtValue
 
     if array.dtype.name == "bfloat16":
@@ -165,12 +190,12 @@ def _to_ort(array: NDArray[Any], device: str) -> onnxruntime.OrtValue:
     return OrtValue.ortvalue_from_numpy(array, device, 0)
 
 
-def _to_numpy(value: onnxruntime.OrtValue) -> NDArray[Any] | None:
-    """The tensor as an array of its own memory; None for what is no tensor. bfloat16 becomes float32."""
+def view(value: onnxruntime.OrtValue) -> NDArray[Any] | None:
+    """A tensor as an array in the runtime's memory, valid as long as the value lives; None for what is no tensor. bfloat16 becomes float32."""
     if not (value.has_value() and value.is_tensor()):
         return None
     if value.element_type() != _BFLOAT16:
-        return np.array(value.numpy())
+        return value.numpy()  # type: ignore[no-any-return]
     shape = value.shape()
     upper = np.frombuffer((ctypes.c_uint16 * math.prod(shape)).from_address(value.data_ptr()), np.uint16)
     return (upper.astype(np.uint32) << 16).view(np.float32).reshape(shape)

@@ -40,8 +40,8 @@ class Runner(Protocol):
         """
         ...
 
-    def layers(self, batch: Batch, names: Collection[str] | None = None) -> dict[str, NDArray[Any]]:
-        """Outputs of the inner layers by name, in order of execution: of those that are named, or of all.
+    def observe(self, batch: Batch, layers: Collection[str]) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
+        """What :meth:`run` gives, and the outputs of some inner layers by name, of one pass.
 
         Raises:
             ModelError: as for :meth:`run`.
@@ -49,7 +49,7 @@ class Runner(Protocol):
         ...
 
     def trace(self, batch: Batch) -> Trace:
-        """Like :meth:`layers`, with what each value was computed from.
+        """The outputs of all inner layers by name, in order of execution, with what each was computed from.
 
         Raises:
             ModelError: as for :meth:`run`.

@@ -63,16 +63,10 @@ class TorchRunner:
 
     def run(self, batch: Batch) -> dict[str, NDArray[Any]]:
         """Outputs by path: "out" for a single tensor, else "0", "boxes", "0.scores". See :class:`Runner`."""
-        with self.prepared(batch) as call:
-            outputs = dict(named_values(call()))
-        if not outputs:
-            raise ModelError(f"{self._name} returns no tensor", hint="bnctl compares tensors")
-        return {name or "out": to_numpy(value) for name, value in outputs.items()}
+        return self.observe(batch, ())[0]
 
-    def layers(self, batch: Batch, names: Collection[str] | None = None) -> dict[str, NDArray[Any]]:
-        """Tensors that submodules return, by module path; the second call of a module is ``path#2``."""
-        if names is None:
-            return self.trace(batch).values
+    def observe(self, batch: Batch, layers: Collection[str]) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
+        """Outputs, and tensors that submodules return, by module path; the second call of a module is ``path#2``."""
         found: dict[str, NDArray[Any]] = {}
 
         def keep(name: str, output: Any) -> None:
@@ -83,19 +77,21 @@ class TorchRunner:
         modules = dict(self._module.named_modules())
         handles = [
             modules[name].register_forward_hook(lambda module, args, output, n=name: keep(n, output))
-            for name in names
+            for name in layers
             if name in modules
         ]
         try:
             with self.prepared(batch) as call:
-                call()
+                outputs = dict(named_values(call()))
         finally:
             for handle in handles:
                 handle.remove()
-        return found
+        if not outputs:
+            raise ModelError(f"{self._name} returns no tensor", hint="bnctl compares tensors")
+        return {name or "out": to_numpy(value) for name, value in outputs.items()}, found
 
     def trace(self, batch: Batch) -> Trace:
-        """Like :meth:`layers`, with what each value was computed from."""
+        """Tensors that submodules return, in order of execution, with what each was computed from; names as in :meth:`observe`."""
         with self.prepared(batch) as call, _recording(self._module) as recorder:
             output = call()
         sources = recorder.sources(value for _, value in named_values(output))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +73,13 @@ def first_divergence(baseline: Trace, candidate: Trace, limit: float) -> Diverge
     return Divergence(first, errors[first].max_abs, errors[first].max_rel, errors[first].mismatch)
 
 
-def last_layers(baseline: Trace, candidate: Trace, outputs: Iterable[NDArray[Any]]) -> dict[str, ArrayError]:
+def last_layers(
+    baseline: Trace,
+    candidate: Trace,
+    outputs: Iterable[NDArray[Any]],
+    limit: float,
+    altered: Collection[str] = (),
+) -> dict[str, ArrayError]:
     """Errors of the common layers closest to the outputs, of those that say anything: empty and all-zero values are looked through.
 
     They stand in for outputs that are empty, such as those of a detector that finds nothing.
@@ -82,6 +88,8 @@ def last_layers(baseline: Trace, candidate: Trace, outputs: Iterable[NDArray[Any
         baseline: execution of the model that is right by definition.
         candidate: execution of the other model, of the same kind, on the same batch.
         outputs: the baseline's outputs; a layer that is one of them is looked through.
+        limit: relative error that still counts as equal.
+        altered: layers that need not agree; one that does not is looked through, too.
     """
     given = [value for value in outputs if value.size]
     common = {
@@ -90,7 +98,8 @@ def last_layers(baseline: Trace, candidate: Trace, outputs: Iterable[NDArray[Any
         if not any(np.array_equal(baseline.values[name], value, equal_nan=value.dtype.kind == "f") for value in given)
     }
     errors = {name: compare(baseline.values[name], candidate.values[name]) for name in common}
-    telling = {name for name in common if errors[name].informative}
+    free = {name for name in common if name.partition("#")[0] in altered and not errors[name].within(limit)}
+    telling = {name for name in common - free if errors[name].informative}
     return {name: errors[name] for name in sorted(_nearest(candidate.outputs, candidate.parents, telling))}
 
 

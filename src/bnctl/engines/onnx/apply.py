@@ -12,7 +12,8 @@ from bnctl.engines.onnx.editor import Editor
 from bnctl.engines.onnx.lift import Lifted
 from bnctl.engines.onnx.translated import Place
 from bnctl.graph.graph import Slot
-from bnctl.plan.fold import Edit, FoldPlan
+from bnctl.plan.draft import Edit
+from bnctl.plan.fold import FoldPlan
 from bnctl.plan.parameters import new_parameters
 
 
@@ -50,7 +51,7 @@ def _carry_out(edit: Edit, lifted: Lifted, editor: Editor) -> None:
         editor.rename(product, editor.fresh(f"{product.name}_folded"))
     if edit.takes_ones:
         editor.append_ones(place.node, old.ndim, ir.DataType.from_numpy(weight.dtype))
-    if not np.array_equal(new, old):
+    if edit.scales or edit.takes_ones:
         editor.write(node.layer, place, new, ir.DataType.from_numpy(weight.dtype))
     if bias_place is None or np.array_equal(new_bias, np.zeros_like(new_bias) if old_bias is None else old_bias):
         return

@@ -41,12 +41,8 @@ def _inlined(model: ir.Model, keys: Collection[Key]) -> ir.Model | None:
             node.meta[_ORIGIN] = key
     try:
         InlinePass(lambda function: function.identifier() in keys)(clone)
-    except (
-        InvariantError,
-        ValueError,
-        RuntimeError,
-    ):  # a graph as an attribute of a call, functions that call each other in a ring
-        return None
+    except (InvariantError, ValueError, RuntimeError):
+        return None  # a graph is an attribute of a call, or functions call each other in a ring
     return clone
 
 

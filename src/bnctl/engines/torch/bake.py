@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnctl.engines.torch.layers import appends_ones
+from bnctl.engines.torch.calls import Calls
+from bnctl.engines.torch.hooks import computes_weights
 from bnctl.engines.torch.record import ModuleCall, OpCall, Ref, Trace
 
 _KINDS = {
@@ -73,7 +74,7 @@ def bake(call: ModuleCall, op: OpCall, inside: list[OpCall], trace: Trace) -> Ba
     kind = _KINDS.get(op.op)
     if kind is None or call.path is None or data != [op] or not call.plain or call.outputs != list(op.outputs):
         return None
-    if op.args[0] != call.args[0] or any(not _computes_weights(h) for h in call.module._forward_pre_hooks.values()):
+    if op.args[0] != call.args[0] or any(not computes_weights(h) for h in call.module._forward_pre_hooks.values()):
         return None
     if call.module._forward_hooks or call.module._backward_hooks or call.module._backward_pre_hooks or op.kwargs:
         return None
@@ -91,17 +92,50 @@ def bake(call: ModuleCall, op: OpCall, inside: list[OpCall], trace: Trace) -> Ba
     return Bake(call.path, kind, args | {"bias": bias is not None}, weight.detach(), bias)
 
 
-def _computes_weights(hook: Any) -> bool:
-    """Whether a pre-hook is one of torch's own that put a computed weight in place."""
-    from torch.nn.utils.spectral_norm import SpectralNorm
-    from torch.nn.utils.weight_norm import WeightNorm
+class Bakes:
+    """The plain layers that can stand for modules that compute their weight.
 
-    return isinstance(hook, (SpectralNorm, WeightNorm))
+    Args:
+        calls: of the record.
 
+    Attributes:
+        found: those that have been asked for, by path.
+    """
 
-def watched_at_entry(module: nn.Module) -> bool:
-    """Whether somebody's pre-hook sees the module's input."""
-    return any(not (_computes_weights(hook) or appends_ones(hook)) for hook in module._forward_pre_hooks.values())
+    def __init__(self, calls: Calls) -> None:
+        self.calls = calls
+        self.found: dict[str, Bake] = {}
+
+    def of(self, op: OpCall) -> Bake | None:
+        """The layer in the place of the module that a linear operator with a computed weight ran in; all calls must agree."""
+        path = op.within.path
+        if path is None or self._is_read_elsewhere(path):
+            return None
+        if path not in self.found:
+            first, *rest = (self._of_call(call, op) for call in self.calls.of[id(op.within.module)])
+            if first is None or any(
+                b is None or b.args != first.args or not b.weight.equal(first.weight) for b in rest
+            ):
+                return None
+            self.found[path] = first
+        return self.found[path]
+
+    def _of_call(self, call: ModuleCall, op: OpCall) -> Bake | None:
+        inside = self.calls.inside.get(call, [])
+        linear = [c for c in inside if c.op == op.op]
+        return bake(call, linear[0], inside, self.calls.trace) if len(linear) == 1 else None
+
+    def _is_read_elsewhere(self, path: str) -> bool:
+        """Whether code outside a module reads its parameters by no other name than the module's own."""
+        trace, own = self.calls.trace, f"{path}."
+        for call in trace.ops:
+            where = call.within.path or ""
+            if where != path and not where.startswith(own):
+                names = (trace.parameters.get(value, ()) for value in call.inputs)
+                if any(found and all(name.startswith(own) for name in found) for found in names):
+                    return True
+        given = {v for call in trace.modules for v in call.outputs} | set(trace.outputs)
+        return any(name.startswith(own) for v in given for name in trace.parameters.get(v, ()))
 
 
 def build(kind: str, args: dict[str, Any], dtype: torch.dtype, device: torch.device) -> nn.Module:

@@ -9,7 +9,6 @@ import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,12 +17,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bnctl.codes import Obstacle
-from bnctl.engines.torch.bake import Bake, bake, watched_at_entry
-from bnctl.engines.torch.layers import inserted_norm
-from bnctl.engines.torch.numbers import Others, settled_operators
-from bnctl.engines.torch.program import Program, Reading, read
+from bnctl.engines.torch.bake import Bake, Bakes
+from bnctl.engines.torch.calls import Calls, join, layer_of
+from bnctl.engines.torch.hooks import hooked, observed
+from bnctl.engines.torch.numbers import Others, Passes
+from bnctl.engines.torch.program import Program
+from bnctl.engines.torch.readings import Readings, Room
 from bnctl.engines.torch.record import ALIASED_WRITE, ModuleCall, OpCall, Ref, Trace
 from bnctl.engines.torch.removal import Head, Removal, Splice, analyse
+from bnctl.engines.torch.strides import needs_memory
 from bnctl.engines.torch.translate import PARAMETER_ARGUMENTS, Operands, Translated, translate
 from bnctl.engines.torch.translate.table import argument
 from bnctl.graph import ops
@@ -55,15 +57,6 @@ class Lifted:
     drop: Callable[[Node, int], Splice | None]
 
 
-@dataclass(frozen=True)
-class Room:
-    """An empty argument of a step of a module's program."""
-
-    path: str
-    step: int
-    position: int
-
-
 def to_numpy(tensor: Tensor) -> Array:
     """Any float tensor as float64 on the CPU."""
     return tensor.detach().to(device="cpu", dtype=torch.float64).numpy()
@@ -74,9 +67,6 @@ def lift(trace: Trace, others: Callable[[], Others] = Others) -> Lifted:
     return _Lifter(trace, others).lift()
 
 
-_VIEWS = {"aten.view.default", "aten.view_as.default"}
-"""Reshapes that never copy."""
-
 _PADS = re.compile(r"aten\.(pad|constant_pad_nd|conv\w*|avg_pool\dd)\.")
 """Operators that may pad by numbers that were computed from a size."""
 
@@ -84,21 +74,13 @@ _PADS = re.compile(r"aten\.(pad|constant_pad_nd|conv\w*|avg_pool\dd)\.")
 class _Lifter(Operands):
     def __init__(self, trace: Trace, others: Callable[[], Others]) -> None:
         self.trace = trace
-        self.others = others
+        self.calls = Calls(trace)
+        self.passes = Passes(trace, others)
+        self.readings = Readings(self.calls, self.passes)
+        self.bakes = Bakes(self.calls)
         self.arrays: dict[int, Array] = {}
-        self.numbers = {id(call): number for number, call in enumerate(trace.ops)}
-        self.inner = _ops_within(trace)
         self.analyses: dict[ModuleCall, tuple[Head, Removal] | None] = {}
-        self.calls: dict[int, list[ModuleCall]] = defaultdict(list)
-        for call in trace.modules:
-            self.calls[id(call.module)].append(call)
-        self.children: dict[ModuleCall | None, list[ModuleCall]] = defaultdict(list)
-        for call in trace.modules:
-            self.children[call.parent].append(call)
-        self.readings: dict[ModuleCall, Reading | None] = {}
-        self.programs: dict[str, Program] = {}
-        self.rooms: dict[str, Room] = {}
-        self.bakes: dict[str, Bake] = {}
+        self.removals: dict[str, Removal | Splice] = {}
         self.foreign_reads = self._reads_outside_slots()
 
     # What the translation table asks for.
@@ -106,7 +88,8 @@ class _Lifter(Operands):
     def constant(self, item: Any) -> Array | None:
         """The value of a tensor that derives from parameters alone; None for anything that may depend on the input.
 
-        A plain number may: ``x / math.sqrt(x.shape[-1])`` and ``x * 0.5`` look the same to the dispatcher.
+        A plain number may depend on it, unless it is settled (:mod:`bnctl.engines.torch.numbers`): ``x / math.sqrt(x.shape[-1])`` and ``x * 0.5`` look
+        the same to the dispatcher.
         """
         if isinstance(item, Ref) and item.value in self.trace.tensors:
             if item.value not in self.arrays:
@@ -133,11 +116,11 @@ class _Lifter(Operands):
         shape = self.shape(item)
         if names is None:
             tensor = f"computed:{item.value}"
-            baked = self._baked(call)
+            baked = self.bakes.of(call)
             if baked is not None:
                 name = "weight" if item == argument(call, 1) else "bias"
                 return Slot(f"{baked.path}.{name}", shape, tensor)
-            kind = Obstacle("BN108", f"the weight of {self.layer(call)} is computed in every pass")
+            kind = Obstacle("BN108", f"the weight of {layer_of(call)} is computed in every pass")
             return Slot(tensor, shape, obstacle=kind)
         prefix = f"{call.within.path}." if call.within.path else ""
         key = next(
@@ -150,9 +133,8 @@ class _Lifter(Operands):
 
     def bias(self, item: Any, weight: Slot | None, call: OpCall) -> Slot | None:
         """The slot of a bias; an empty one where the layer is a plain module without bias; None where there is no room for one."""
-        if weight is not None and weight.tensor.startswith(
-            "computed:"
-        ):  # the plain layer in its place has a bias, or room for one
+        if weight is not None and weight.tensor.startswith("computed:"):
+            # The plain layer in its place has a bias, or room for one.
             key = f"{weight.key.rpartition('.')[0]}.bias"
             known = isinstance(item, Ref) and item.value in self.trace.tensors
             if weight.obstacle or (item is not None and not known):
@@ -164,55 +146,37 @@ class _Lifter(Operands):
         plain = isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) and getattr(module, "bias", 0) is None
         if weight is None or path is None:
             return None
-        if plain and weight.key == _join(path, "weight"):
-            return Slot(_join(path, "bias"), None)
-        reading = self._reading(call.within)
-        if reading is None or id(call) not in reading.steps:
-            return None
-        step = reading.steps[id(call)]
-        name = f"bias_{step}"
-        if hasattr(module, name):
-            return None
-        self.programs[path] = reading.program
-        self.rooms[_join(path, name)] = Room(path, step, 2)
-        return Slot(_join(path, name), None)
-
-    def layer(self, call: OpCall) -> str:
-        """The layer that the user knows: the path of the innermost module, or the operator's own name within the model."""
-        return call.within.path or call.op.removeprefix("aten.").split(".")[0]
+        if plain and weight.key == join(path, "weight"):
+            return Slot(join(path, "bias"), None)
+        return self.readings.room(call)
 
     # The way through the trace.
 
     def lift(self) -> Lifted:
         nodes: list[Node] = []
-        removals: dict[str, Removal | Splice] = {}
         swallowed: set[int] = set()
-        for call in self.trace.ops:
-            number = self.numbers[id(call)]
+        for number, call in enumerate(self.trace.ops):
             if number in swallowed or (call.outputs and all(v in self.trace.tensors for v in call.outputs)):
                 continue
             node = self._node(call)
             if isinstance(node.op, ops.Affine):
-                node, parts = self._layer_of(node, call, removals)
-                node = replace(node, obstacle=node.obstacle or self._needs_memory(node))
+                node, parts = self._layer_of(node, call)
+                node = replace(node, obstacle=node.obstacle or needs_memory(node, self.calls))
                 swallowed |= parts
                 while nodes and nodes[-1].id in parts:  # the reshapes before the affine operator
                     nodes.pop()
             nodes.append(node)
-        graph = Graph(
-            tuple(nodes),
-            self._values(nodes),
-            tuple(self.trace.inputs),
-            tuple(self.trace.outputs),
-            type(self.trace.root).__name__,
-        )
-        return Lifted(graph, removals, self.programs, self.rooms, self.bakes, self._shown(), self._dropped)
+        ends = (tuple(self.trace.inputs), tuple(self.trace.outputs))
+        graph = Graph(tuple(nodes), self._values(nodes), *ends, type(self.trace.root).__name__)
+        found = self.readings
+        shown = _shown(self.trace)
+        return Lifted(graph, self.removals, found.programs, found.rooms, self.bakes.found, shown, found.drop)
 
     def _node(self, call: OpCall) -> Node:
-        number = self.numbers[id(call)]
+        number = self.calls.place[id(call)]
         if call.op == ALIASED_WRITE:
-            written = Obstacle("BN117", f"it is written through a view in {self.layer(call)}")
-            return Node(number, ops.Opaque("a write in place", written), self.layer(call), call.inputs, call.outputs)
+            written = Obstacle("BN117", f"it is written through a view in {layer_of(call)}")
+            return Node(number, ops.Opaque("a write in place", written), layer_of(call), call.inputs, call.outputs)
         found = translate(call, self) if self._is_settled(call) else None
         found = found or Translated(ops.Opaque(call.op))
         read = call.inputs if found.reads is None else tuple(call.args[i].value for i in found.reads)
@@ -221,37 +185,24 @@ class _Lifter(Operands):
         obstacle = self._no_layer_of_its_own(call) if isinstance(found.op, ops.LinearOp) else None
         in_place = call.writes and not isinstance(found.op, ops.Identity)
         slots = (found.weight, found.bias)
-        return Node(number, found.op, name or self.layer(call), data, call.outputs, *slots, obstacle, in_place)
-
-    @cached_property
-    def settled(self) -> set[int]:
-        """Places of the operators whose numbers are constants."""
-        return settled_operators(self.trace, self.others())
-
-    @cached_property
-    def aside(self) -> set[int]:
-        """Places of the operators that run in another method than ``forward``."""
-        first = self.others().traces[:1]
-        return {i for trace in first for i, call in enumerate(trace.ops) if call.aside}
+        return Node(number, found.op, name or layer_of(call), data, call.outputs, *slots, obstacle, in_place)
 
     def _is_settled(self, call: OpCall) -> bool:
         """Whether the numbers that a rule rests on are constants; those of torch's own layers are."""
         own = type(call.within.module).__module__.startswith("torch.nn.") or isinstance(
             call.within.module, nn.modules.conv._ConvNd
         )
-        if own or not _PADS.match(call.op):
-            return True
-        return not self.others().traces or self.numbers[id(call)] in self.settled
+        return own or not _PADS.match(call.op) or not self.passes.contradict(self.calls.place[id(call)])
 
-    def _layer_of(self, node: Node, call: OpCall, removals: dict[str, Removal | Splice]) -> tuple[Node, set[int]]:
+    def _layer_of(self, node: Node, call: OpCall) -> tuple[Node, set[int]]:
         """The affine layer that an affine operator belongs to, as one node, and the operators that it consists of."""
         within = call.within
         found = self._analysed(within)
-        hooked = _hooked(within.module) or within.module._forward_pre_hooks
-        whole_obstacle = Obstacle("BN107", f"{within.path} has a hook") if hooked and within.path else None
+        watched = hooked(within.module) or within.module._forward_pre_hooks
+        whole_obstacle = Obstacle("BN107", f"{within.path} has a hook") if watched and within.path else None
         if found is None or call not in found[0].calls:
             place = within.path or "the model itself"
-            spliced = self._spliced(node, call, removals)
+            spliced = self._spliced(node, call)
             if spliced is not None:
                 return spliced, set()
             obstacle = whole_obstacle or Obstacle(
@@ -263,127 +214,31 @@ class _Lifter(Operands):
         assert isinstance(node.op, ops.Affine)
         single = len(head.calls) == 1
         op = replace(node.op, map=head.map, norm=node.op.norm or _is_norm(within.module))
-        removals[removal.path] = removal
-        if any((other := self._analysed(c)) is None or other[1] != removal for c in self.calls[id(within.module)]):
+        self.removals[removal.path] = removal
+        if any((other := self._analysed(c)) is None or other[1] != removal for c in self.calls.of[id(within.module)]):
             whole_obstacle = Obstacle("BN109", f"{removal.path} does different things in different calls")
         slots = (node.weight, node.bias) if single else (None, None)
         whole = Node(node.id, op, removal.path, (head.source,), (head.result,), *slots, whole_obstacle, node.in_place)
-        return whole, {self.numbers[id(c)] for c in head.calls}
+        return whole, {self.calls.place[id(c)] for c in head.calls}
 
-    def _spliced(self, node: Node, call: OpCall, removals: dict[str, Removal | Splice]) -> Node | None:
+    def _spliced(self, node: Node, call: OpCall) -> Node | None:
         """The node as a layer that can be taken out of the code around it; None where it cannot."""
-        reading = self._reading(call.within)
-        before, after = self.trace.info[node.inputs[0]], self.trace.info[node.outputs[0]]
-        if reading is None or id(call) not in reading.steps or before != after:  # nothing is left that would convert
+        found = self.readings.splice(node, call)
+        if found is None:
             return None
-        path = call.within.path or ""
-        step = reading.steps[id(call)]
+        step, splice = found
         name = self._owner_of_statistics(call) or f"{node.layer}#{step}"
-        alias = (reading.numbers[node.outputs[0]], reading.numbers[node.inputs[0]])
-        known = removals.get(name, Splice(path, ()))
-        if not isinstance(known, Splice) or known.path != path:
+        known = self.removals.get(name, Splice(splice.path, ()))
+        if not isinstance(known, Splice) or known.path != splice.path:
             return None
-        self.programs[path] = reading.program
-        removals[name] = Splice(path, tuple(dict.fromkeys((*known.aliases, alias))))
+        self.removals[name] = Splice(splice.path, tuple(dict.fromkeys((*known.aliases, *splice.aliases))))
         return replace(node, layer=name)
-
-    def _dropped(self, node: Node, index: int) -> Splice | None:
-        call = self.trace.ops[node.id]
-        reading = self._reading(call.within)
-        other = node.inputs[1 - index] if len(node.inputs) == 2 else None
-        if reading is None or id(call) not in reading.steps or other is None:
-            return None
-        if len(self.calls[id(call.within.module)]) != 1 or self.trace.info[other] != self.trace.info[node.outputs[0]]:
-            return None
-        path = call.within.path or ""
-        self.programs[path] = reading.program
-        return Splice(path, ((reading.numbers[node.outputs[0]], reading.numbers[other]),))
-
-    def _reading(self, call: ModuleCall) -> Reading | None:
-        """The code of a module as steps; None where it cannot be read, or differs from call to call."""
-        if call not in self.readings:
-            for each in self.calls[id(call.module)]:
-                own = [c for c in self.inner.get(each, ()) if c.within is each]
-                places = {self.numbers[id(c)] for c in own}
-                plain = places <= self.settled and not places & self.aside
-                self.readings[each] = read(each, own, self.children[each], self.numbers, self.trace) if plain else None
-            found = [self.readings[each] for each in self.calls[id(call.module)]]
-            programs = [None if reading is None else reading.program for reading in found]
-            if not programs or any(program != programs[0] for program in programs):
-                self.readings |= dict.fromkeys(self.calls[id(call.module)])
-        return self.readings.get(call)
-
-    def _baked(self, call: OpCall) -> Bake | None:
-        """The plain layer in the place of one that computes its weight; all calls must agree."""
-        path = call.within.path
-        if path is None or self._read_elsewhere(path):
-            return None
-        if path not in self.bakes:
-            found = []
-            for each in self.calls[id(call.within.module)]:
-                inside = self.inner.get(each, [])
-                linear = [c for c in inside if c.op == call.op]
-                found.append(bake(each, linear[0], inside, self.trace) if len(linear) == 1 else None)
-            first = found[0]
-            if first is None or any(
-                f is None or f.args != first.args or not f.weight.equal(first.weight) for f in found
-            ):
-                return None
-            self.bakes[path] = first
-        return self.bakes[path]
-
-    def _read_elsewhere(self, path: str) -> bool:
-        """Whether code outside a module reads its parameters by no other name than the module's own."""
-        for call in self.trace.ops:
-            where = call.within.path or ""
-            if where == path or where.startswith(f"{path}."):
-                continue
-            for value in call.inputs:
-                names = self.trace.parameters.get(value, ())
-                if names and all(n.startswith(f"{path}.") for n in names):
-                    return True
-        given = {v for call in self.trace.modules for v in call.outputs} | set(self.trace.outputs)
-        return any(n.startswith(f"{path}.") for v in given for n in self.trace.parameters.get(v, ()))
-
-    def _shown(self) -> dict[int, tuple[str, ...]]:
-        found: dict[int, list[str]] = defaultdict(list)
-        for call in self.trace.modules:
-            for value in call.outputs:
-                found[value].append(call.path or "")
-        return {value: tuple(paths) for value, paths in found.items()}
-
-    def _needs_memory(self, node: Node) -> Obstacle | None:
-        """Whether something behind a layer works only because its result lies in memory of its own, in the usual order."""
-        before, after = (self.trace.info[v].strides for v in (node.inputs[0], node.outputs[0]))
-        if before == after:
-            return None
-        todo, seen = [node.outputs[0]], set[int]()
-        while todo:
-            value = todo.pop()
-            for call in self.readers_of[value]:
-                if call.op in _VIEWS or (call.writes and 0 in before):
-                    return Obstacle(
-                        "BN123", f"{call.op} in {self.layer(call)} needs the memory that {node.layer} makes"
-                    )
-                for made in call.outputs:
-                    same = self.trace.info[made] == self.trace.info[value]
-                    if same and made not in seen:
-                        seen.add(made)
-                        todo.append(made)
-        return None
-
-    @cached_property
-    def readers_of(self) -> dict[int, list[OpCall]]:
-        """The operators that read each value."""
-        found: dict[int, list[OpCall]] = defaultdict(list)
-        for call in self.trace.ops:
-            for value in call.inputs:
-                found[value].append(call)
-        return found
 
     def _analysed(self, call: ModuleCall) -> tuple[Head, Removal] | None:
         if call not in self.analyses:
-            self.analyses[call] = analyse(call, self.inner.get(call, []), self._node, self.trace) if call.path else None
+            self.analyses[call] = (
+                analyse(call, self.calls.inside.get(call, []), self._node, self.trace) if call.path else None
+            )
         return self.analyses[call]
 
     def _no_layer_of_its_own(self, call: OpCall) -> Obstacle | None:
@@ -416,53 +271,31 @@ class _Lifter(Operands):
             }
             for value in call.inputs:
                 if value in self.trace.parameters and Ref(value) not in own:
-                    found[value] = f"{call.op} in {self.layer(call)}"
+                    found[value] = f"{call.op} in {layer_of(call)}"
         return found
 
     def _values(self, nodes: list[Node]) -> dict[int, Value]:
-        observed: dict[int, Obstacle] = {}
-        for value in self.trace.held:
-            observed[value] = Obstacle("BN107", "the tensor is kept after the pass, by a hook or an attribute")
-        for call in self.trace.modules:
-            seen = (*call.inputs, *(call.outputs if _hooked(call.module) else ()))
-            if _hooked(call.module) or watched_at_entry(call.module):
-                for value in seen:
-                    observed[value] = Obstacle("BN107", f"a hook of {call.path} sees it")
-        for value in self.trace.outputs:
-            observed[value] = Obstacle("BN102", "it is an output of the model")
+        seen = observed(self.trace)
         names = {v: f"the output of {n.layer}" for n in nodes for v in n.outputs}
         names |= dict.fromkeys(self.trace.inputs, "the input")
         used = {v for n in nodes for v in (*n.inputs, *n.outputs)} | set(self.trace.inputs) | set(self.trace.outputs)
         info = self.trace.info
         return {
             v: Value(
-                v, names.get(v, f"value {v}"), info[v].shape, str(info[v].dtype).removeprefix("torch."), observed.get(v)
+                v, names.get(v, f"value {v}"), info[v].shape, str(info[v].dtype).removeprefix("torch."), seen.get(v)
             )
             for v in sorted(used)
         }
-
-
-def _ops_within(trace: Trace) -> dict[ModuleCall, list[OpCall]]:
-    """Operator calls in each module call, those of its children included, in order."""
-    found: dict[ModuleCall, list[OpCall]] = defaultdict(list)
-    for call in trace.ops:
-        within: ModuleCall | None = call.within
-        while within is not None:
-            found[within].append(call)
-            within = within.parent
-    return found
-
-
-def _hooked(module: nn.Module) -> bool:
-    """Whether hooks see the output, or its gradient: those that bnctl put there itself apart."""
-    ours = inserted_norm(module) is not None
-    forward = len(module._forward_hooks) - (1 if ours else 0)
-    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
 
 
 def _is_norm(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.batchnorm._NormBase) or "norm" in type(module).__name__.lower()
 
 
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
+def _shown(trace: Trace) -> dict[int, tuple[str, ...]]:
+    """The modules whose output each value is."""
+    found: dict[int, list[str]] = defaultdict(list)
+    for call in trace.modules:
+        for value in call.outputs:
+            found[value].append(call.path or "")
+    return {value: tuple(paths) for value, paths in found.items()}

@@ -7,8 +7,9 @@ numbers, and nothing in the pass read the values of tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -39,6 +40,34 @@ class Others:
 
     traces: tuple[Trace, ...] = ()
     shapes: bool = False
+
+
+class Passes:
+    """The further passes of a model, made when they are first asked for, and what they say of the operators of a record.
+
+    Args:
+        trace: the record.
+        others: makes them.
+    """
+
+    def __init__(self, trace: Trace, others: Callable[[], Others]) -> None:
+        self._trace = trace
+        self._others = others
+
+    @cached_property
+    def settled(self) -> set[int]:
+        """Places of the operators whose numbers are constants, see :func:`settled_operators`."""
+        return settled_operators(self._trace, self._others())
+
+    @cached_property
+    def aside(self) -> set[int]:
+        """Places of the operators that run in another method than ``forward``."""
+        first = self._others().traces[:1]
+        return {i for trace in first for i, call in enumerate(trace.ops) if call.aside}
+
+    def contradict(self, place: int) -> bool:
+        """Whether there are further passes, and they do something else there."""
+        return bool(self._others().traces) and place not in self.settled
 
 
 def has_numbers(trace: Trace) -> bool:

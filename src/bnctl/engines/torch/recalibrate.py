@@ -361,7 +361,7 @@ def _paused_bytes_of(bench: Workbench, feed: Feed) -> float:
 
 
 def _with_values(book: Book) -> list[Account]:
-    return [account for account in book.accounts.values() if account.count]
+    return [account for account in book.in_order() if account.count]
 
 
 def _produced(account: Account, probe: Book, measured: Book) -> Statistics:

@@ -108,6 +108,7 @@ class Trace:
         inputs: values of the model's inputs.
         outputs: values of the model's outputs.
         held: values of tensors that outlive the pass.
+        viewed: values of which an output is a view.
         result: what the model returned.
     """
 
@@ -121,6 +122,7 @@ class Trace:
     inputs: list[int] = field(default_factory=list)
     outputs: list[int] = field(default_factory=list)
     held: set[int] = field(default_factory=set)
+    viewed: set[int] = field(default_factory=set)
     result: Any = None
 
 
@@ -334,7 +336,9 @@ class _Recorder(TorchDispatchMode):
     def finish(self, result: Any) -> None:
         """Note the outputs, and what else outlives the pass."""
         self.trace.result = result
-        self.trace.outputs = [self.value_of(t) for t in tensors_in(result)]
+        outputs = tensors_in(result)
+        self.trace.outputs = [self.value_of(t) for t in outputs]
+        self.trace.viewed = {self.value_of(t._base) for t in outputs if t._base is not None}
         gc.collect()  # only what the pass has made: see `young_objects_only`
         self.trace.held = {
             v for t, v in self.versions.items() if id(t) not in self.names and v not in self.trace.tensors

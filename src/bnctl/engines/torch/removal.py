@@ -87,10 +87,9 @@ def _head(
     found: tuple[AffineMap | None, int, int] = (None, source, 0)
     whole: AffineMap | None = None
     value = source
-    back: list[
-        Callable[[AffineMap], AffineMap | None]
-    ] = []  # from the axes of the current value to those of the source
-    order: tuple[int, ...] | None = tuple(range(rank))  # where a permutation has brought the axes; None after a reshape
+    # From the axes of the current value to those of the source; where permutations have brought the axes, None after a reshape.
+    back: list[Callable[[AffineMap], AffineMap | None]] = []
+    order: tuple[int, ...] | None = tuple(range(rank))
     for position, op_call in enumerate(data):
         if op_call.within is not call:
             break

@@ -156,7 +156,7 @@ def _stop_at_first(bench: Workbench, known: Collection[str]) -> Account | None:
             bench.run(feed, stop)
 
     bench.passed(each_batch(bench, f"layer {len(known) + 1}", handle, lambda *_: reached.enter(bench.workers)))
-    return next(iter(reached.accounts.values()), None)
+    return next(iter(reached.in_order()), None)
 
 
 def settle(bench: Workbench, account: Account, settled: Settled) -> None:

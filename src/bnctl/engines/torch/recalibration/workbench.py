@@ -109,7 +109,7 @@ class Workbench:
         skip_bad: leave out batches that hold NaN or infinity, instead of an error.
         limit: only batches of an index below.
         samples: of all workers in a whole pass, once that is known.
-        exhausted: whether this worker's last pass met the end of the data, and not the limit.
+        exhausted: whether this worker's last whole pass met the end of the data, and not the limit.
         skipped: batches that this worker left out.
         keep: called whenever a site was settled.
     """
@@ -146,7 +146,7 @@ class Workbench:
         torch.set_rng_state(self.random_state)
         for index, batch in self.batches.every(first + step * self.workers.rank, step * self.workers.size):
             if self.limit is not None and index >= self.limit:
-                self.exhausted = False
+                self.exhausted = self.exhausted and step > 1
                 return
             feed = self.feed(index, batch)
             if all(torch.isfinite(tensor).all() for tensor in feed.tensors()):
@@ -158,7 +158,7 @@ class Workbench:
                     f"batch {index} holds NaN or infinity",
                     hint="statistics of it would be NaN, too: clean the data, or leave such batches out with --on-bad-batch skip",
                 )
-        self.exhausted = True
+        self.exhausted = self.exhausted or step == 1
 
     def feed(self, index: int, batch: Batch) -> Feed:
         """A batch as tensors."""

@@ -1,0 +1,195 @@
+"""Recalibration of ONNX models: running statistics taken anew from data, run by ONNX Runtime."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Literal, get_args
+
+import onnx_ir as ir
+
+from bnctl.codes import Obstacle
+from bnctl.engines.onnx.editor import Editor
+from bnctl.engines.onnx.lift import lift
+from bnctl.engines.onnx.recalibration.find import EPS_ASSUMED, MERGED, find_sites
+from bnctl.engines.onnx.recalibration.network import Network
+from bnctl.engines.onnx.recalibration.rewire import store
+from bnctl.engines.onnx.recalibration.schedules import Account, batch_by_batch, level_by_level
+from bnctl.engines.onnx.recalibration.sites import Arrays, Site
+from bnctl.engines.onnx.recalibration.workbench import Workbench
+from bnctl.errors import DataError, ModelError, UsageError
+from bnctl.recalibration.estimate import with_prior
+from bnctl.recalibration.memory import DEFAULT_SHARE, available_bytes
+from bnctl.recalibration.seen import Seen
+from bnctl.recalibration.statistics import (
+    NEVER_REACHED,
+    NOT_SELECTED,
+    SiteStatistics,
+    count_dead,
+    discrepancy,
+    drift,
+)
+from bnctl.runtime.arena import shared_arena
+from bnctl.selection import Selection
+
+if TYPE_CHECKING:
+    from bnctl.data.batches import Batch
+
+Method = Literal["exact", "batch", "ema"]
+
+
+def recalibrate(
+    model: ir.Model,
+    batches: Iterable[Batch],
+    *,
+    method: Method = "exact",
+    where: str | Iterable[str] | None = None,
+    skip: str | Iterable[str] | None = None,
+    prior: float = 0.0,
+    threads: int = 1,
+    progress: Callable[[str, int, int | None], None] | None = None,
+    memory_bytes: int | None = None,
+    name: str = "the ONNX model",
+) -> tuple[ir.Model, list[SiteStatistics], int]:
+    """New running statistics from data, in a structural copy of the model.
+
+    ``mean = sum(x)/n``, ``var = sum((x - mean)**2)/n`` per channel, in float64, cast once; n counts all values of a channel over all batches.
+
+    **exact**: `x` is what the node sees in inference, when every one before it has its final statistics. Sites that do not depend on each other are settled
+    together, and the values between two such levels are held for all batches, so that each activation is computed once. Where that would take more than
+    `memory_bytes`, levels are reached by computing again what comes before, with the same result.
+
+    **batch** (Ioffe & Szegedy 2015, algorithm 2; Wu & Johnson 2021, "PreciseBN"): every site normalises with the statistics of its own batch. One pass, and
+    another one that measures `self_consistency`.
+
+    **ema**: what training would leave: the same pass, and ``mean = (1 - a) mean + a mean_b``, ``var = (1 - a) var + a var_b n_b/(n_b - 1)`` after each batch b.
+    The operator's ``momentum`` is the weight of the old, ``1 - a``.
+
+    Sites are BatchNormalization nodes of the main graph, and arithmetic that an exporter made of them
+    (:mod:`~bnctl.engines.onnx.recalibration.chains`). Each gets initializers of its own, so that nodes that shared a tensor need not agree. Local functions
+    that hold layers are put in place of their calls. Statistics that a caller may override are left (BN305); other overridable initializers have their
+    defaults while statistics are taken.
+
+    Args:
+        model: left alone.
+        batches: gone through several times; each pass must give the same samples.
+        method: see above.
+        where: globs over site names.
+        skip: globs over site names to leave.
+        prior: old statistics count as so many more samples (:func:`~bnctl.recalibration.estimate.with_prior`); not for ema.
+        threads: of ONNX Runtime.
+        progress: called with what is being done, how far it is, and out of how much (None where unknown).
+        memory_bytes: what may be held between two levels; by default half of what is available.
+        name: what to call the model in errors.
+
+    Returns:
+        The copy, what happened to each site in the order of the graph, and the number of samples.
+
+    Raises:
+        DataError: there are no data, they are not finite, or the model does not run on them.
+        ModelError: the model has no normalisation whose statistics can be told, or cannot store the new ones.
+        UsageError: the method or a glob is none, or the prior is off.
+    """
+    _check(method, prior)
+    selection = Selection(where, skip)
+    lifted = lift(model)
+    found = find_sites(lifted)
+    _check_sites(found, name)
+    selection.check(found)
+    sites = [site for site in found.values() if isinstance(site, Site) and selection.takes(site.name)]
+    bench = Workbench(Network(lifted.model, sites), batches, threads, name, progress or _silent)
+
+    def pooled(site: Site, account: Account) -> Arrays:
+        values = account.seen.values
+        return site.encode(with_prior(site.before, values, bench.samples or 0, prior) if values.count else site.before)
+
+    def averaged(site: Site, account: Account) -> Arrays:
+        return site.encode(account.average)
+
+    with shared_arena():
+        if method == "exact":
+            budget = int(available_bytes() * DEFAULT_SHARE) if memory_bytes is None else memory_bytes
+            accounts = level_by_level(bench, pooled, budget)
+            stored = {site: pooled(site, account) for site, account in accounts.items()}
+            produced = accounts
+        else:
+            accounts = batch_by_batch(bench, _own_statistics, "gather")
+            statistics = pooled if method == "batch" else averaged
+            stored = {site: statistics(site, account) for site, account in accounts.items()}
+            produced = batch_by_batch(bench, lambda site, index, seen: stored[site], "measure")
+    editor = Editor(lifted.model)
+    for site, arrays in stored.items():
+        if accounts[site].count:
+            store(editor, site, arrays)
+    done = {
+        site.name: _done(site, accounts[site], arrays, produced[site], bench.resolution[site])
+        for site, arrays in stored.items()
+        if accounts[site].count
+    }
+    report = [done.get(name) or _left(name, site, selection) for name, site in found.items()]
+    return editor.model, report, bench.samples or 0
+
+
+def _check(method: str, prior: float) -> None:
+    if method not in get_args(Method):
+        raise UsageError(
+            f"no such method of recalibration: {method!r}", hint=f"the methods are {', '.join(get_args(Method))}"
+        )
+    if not (math.isfinite(prior) and prior >= 0):
+        raise UsageError(f"the prior is {prior}", hint="it is a number of samples, 0 or more")
+    if prior and method == "ema":
+        raise UsageError(
+            "a moving average has no prior: it starts from the old statistics", hint="use the method exact or batch"
+        )
+
+
+def _check_sites(found: Mapping[str, Site | Obstacle], name: str) -> None:
+    """Refuse a model that has been folded: what may be left of a normalisation is no site."""
+    merged = [site for site in found.values() if isinstance(site, Obstacle) and site.code == MERGED]
+    if len(merged) == len(found):
+        also = f": in {len(merged)} affines per channel, they may be merged with gamma and beta ({MERGED})"
+        raise ModelError(
+            f"{name} has no normalisation with running statistics{also if merged else ''}",
+            hint="if it was folded, recalibrate the model from before; else insert normalisation first (bnctl insert)",
+        )
+
+
+def _own_statistics(site: Site, index: int, seen: Seen) -> Arrays:
+    if seen.values.count == 1:
+        raise DataError(
+            f"batch {index}: {site.name} sees one value per channel, which has no variance",
+            hint="use the exact method, which pools all batches, or a larger batch size",
+        )
+    return site.encode((seen.values.mean, seen.values.variance()) if seen.values.count else site.before)
+
+
+def _done(site: Site, account: Account, arrays: Arrays, produced: Account, resolution: float) -> SiteStatistics:
+    values, after = account.seen.values, site.decode(arrays)
+    in_inference = produced.seen.values
+    return SiteStatistics(
+        name=site.name,
+        action="recalibrated",
+        code=None if site.form == "variance" else EPS_ASSUMED,
+        reason=None
+        if site.form == "variance"
+        else f"sqrt(var + eps) is stored, and eps is not in the graph: {site.eps:g} is assumed",
+        channels=len(values.mean),
+        count=values.count,
+        calls=account.batches,
+        dead_channels=count_dead(values, resolution),
+        drift=drift(site.before, after, site.eps),
+        self_consistency=discrepancy(after, (in_inference.mean, in_inference.variance()), site.eps),
+        standard_error=float(account.seen.standard_error().max(initial=0.0)),
+    )
+
+
+def _left(name: str, site: Site | Obstacle, selection: Selection) -> SiteStatistics:
+    if not selection.takes(name):
+        return SiteStatistics(name, "left", NOT_SELECTED, "not selected by where and skip")
+    if isinstance(site, Obstacle):
+        return SiteStatistics(name, "left", site.code, site.detail)
+    return SiteStatistics(name, "left", NEVER_REACHED, "all that came there was empty")
+
+
+def _silent(what: str, done: int, total: int | None) -> None:
+    """Say nothing."""

@@ -1,0 +1,147 @@
+"""In which order levels and batches take turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from bnctl.engines.onnx.recalibration.sites import Arrays, Site
+from bnctl.engines.onnx.recalibration.workbench import Feed, Part, Workbench
+from bnctl.recalibration.estimate import moving_average
+from bnctl.recalibration.seen import Seen
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+    from bnctl.recalibration.estimate import Statistics
+
+
+@dataclass(frozen=True, eq=False)
+class Account:
+    """What a site saw so far.
+
+    Args:
+        seen: moments of everything.
+        batches: how many that was.
+        average: the running statistics as training would have them by now.
+    """
+
+    seen: Seen
+    batches: int
+    average: Statistics
+
+    @property
+    def count(self) -> int:
+        """Values per channel."""
+        return self.seen.values.count
+
+
+Accounts = dict[Site, Account]
+
+
+def enter(accounts: Accounts, site: Site, seen: Seen) -> None:
+    """Note what a site saw of one more batch. The order of batches decides on the last bit, and on training's average."""
+    known = accounts.get(site)
+    average = site.before if known is None else known.average
+    if seen.values.count > 1:
+        average = moving_average(average, [seen.values], site.momentum)
+    accounts[site] = (
+        Account(seen, 1, average) if known is None else Account(known.seen.merge(seen), known.batches + 1, average)
+    )
+
+
+def level_by_level(bench: Workbench, settle: Callable[[Site, Account], Arrays], memory_bytes: int) -> Accounts:
+    """All batches to a level, the sites of the level settled, all batches to the next: every activation is computed once.
+
+    Between two levels, the values that later ones read are held for every batch. Where they would take more than `memory_bytes` they are not, and the
+    next level is reached from the last border that is held, or from the data.
+
+    Args:
+        bench: the model and its data.
+        settle: the statistics of a site, from what it saw.
+        memory_bytes: what held values may take.
+    """
+    network = bench.network
+    accounts: Accounts = {}
+    statistics: dict[str, onnxruntime.OrtValue] = {}
+    border = _Border()
+    for level in range(network.depth):
+        border = _advance(bench, border, level, statistics, accounts, memory_bytes)
+        for site in network.sites_at(level):
+            statistics |= bench.inputs_of(site, settle(site, accounts[site]))
+        bench.progress("settle", len(accounts), len(network.statistics))
+    return accounts
+
+
+def batch_by_batch(bench: Workbench, choose: Callable[[Site, int, Seen], Arrays], what: str) -> Accounts:
+    """One pass over the data.
+
+    Args:
+        bench: the model and its data.
+        choose: the statistics with which a site normalises a batch, from the batch's index and what it saw of it.
+        what: is being done, for the progress.
+    """
+    network = bench.network
+    accounts: Accounts = {}
+    parts = [Part(bench, level - 1, level) for level in range(network.depth)]
+    for feed in bench.feeds():
+        at_level = feed
+        statistics: dict[str, onnxruntime.OrtValue] = {}
+        for level, part in enumerate(parts):
+            reached = part.run(at_level, statistics)
+            for site in network.sites_at(level):
+                seen = bench.seen_by(site, reached)
+                enter(accounts, site, seen)
+                statistics |= bench.inputs_of(site, choose(site, feed.index, seen))
+            at_level = reached.only(network.boundary(level))
+        bench.progress(what, feed.index + 1, None)
+    return accounts
+
+
+@dataclass(eq=False)
+class _Border:
+    """What is held of all batches behind a level, by index. Behind level -1 are the data, which are read again each time."""
+
+    level: int = -1
+    feeds: dict[int, Feed] = field(default_factory=dict)
+    nbytes: int = 0
+
+    def take(self, feed: Feed) -> None:
+        self.feeds[feed.index] = feed
+        self.nbytes += feed.nbytes
+
+
+def _advance(
+    bench: Workbench,
+    border: _Border,
+    level: int,
+    statistics: Mapping[str, onnxruntime.OrtValue],
+    accounts: Accounts,
+    memory_bytes: int,
+) -> _Border:
+    """Run all batches to a level and return its border, or the last one where this one would not fit into memory.
+
+    Coming from the data, whose amount is not known, that shows when the limit is reached. Coming from a border, it is foreseen at the first batch, in
+    proportion to what is held there, and that is let go batch by batch.
+    """
+    network = bench.network
+    part, next_, fits = Part(bench, border.level, level), _Border(level), True
+    at_data = border.level < 0
+    for feed in bench.feeds() if at_data else map(border.feeds.__getitem__, tuple(border.feeds)):
+        reached = part.run(feed, statistics)
+        for site in network.sites_at(level):
+            enter(accounts, site, bench.seen_by(site, reached))
+        if not fits:
+            continue
+        first = not next_.feeds
+        next_.take(reached.only(network.boundary(level)))
+        if at_data:
+            fits = next_.nbytes <= memory_bytes
+        elif first:
+            fits = next_.nbytes * border.nbytes <= memory_bytes * feed.nbytes
+        if not fits:
+            next_.feeds.clear()
+        elif not at_data:
+            del border.feeds[feed.index]
+    return next_ if fits else border

@@ -1,0 +1,184 @@
+"""The data as the model's inputs, and one part of the model run on one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from bnctl.engines.onnx.recalibration.activations import activation_seen
+from bnctl.engines.onnx.recalibration.extract import extracted
+from bnctl.engines.onnx.recalibration.network import Network
+from bnctl.engines.onnx.recalibration.sites import Arrays, Site
+from bnctl.engines.onnx.shapes import dtype_name
+from bnctl.errors import DataError, InputError, ModelError
+from bnctl.recalibration.seen import Seen
+from bnctl.runtime.feeds import InputSpec, dtype_of, match_inputs
+from bnctl.runtime.ort import OrtRunner, from_array, view
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+    from bnctl.data.batches import Batch
+
+Values = Mapping[str, "onnxruntime.OrtValue"]
+"""Values of the model by name, in the runtime's own memory."""
+
+
+@dataclass(frozen=True, eq=False)
+class Feed:
+    """What is known of a batch at the border between two levels; `index` counts from 0."""
+
+    index: int
+    values: Values
+
+    def only(self, values: Iterable[ir.Value]) -> Feed:
+        """The batch with these values alone."""
+        return Feed(self.index, {name: self.values[name] for name in (str(value.name) for value in values)})
+
+    @property
+    def nbytes(self) -> int:
+        """Size of its tensors in bytes."""
+        return sum(value.tensor_size_in_bytes() for value in self.values.values() if value.is_tensor())
+
+
+@dataclass(eq=False)
+class Workbench:
+    """Runs a model level by level.
+
+    The runtime's graph optimisations are off, as everywhere in bnctl where numbers matter: it rewrites BatchNormalization itself, and not always exactly.
+
+    Args:
+        network: the model.
+        batches: can be gone through as often as needed, and give as many samples each time.
+        threads: of each session.
+        name: what to call the model in errors.
+        progress: called with what is being done, how far it is, and out of how much.
+        samples: how many the data hold; known after the first pass.
+        resolution: machine epsilon of what each site saw.
+    """
+
+    network: Network
+    batches: Iterable[Batch]
+    threads: int
+    name: str
+    progress: Callable[[str, int, int | None], None]
+    samples: int | None = None
+    resolution: dict[Site, float] = field(default_factory=dict)
+
+    def feeds(self) -> Iterator[Feed]:
+        """One pass over the data.
+
+        Raises:
+            DataError: there are no data, other data than last time, a value is NaN or infinite, or the model does not take it.
+        """
+        specs = [_spec(value) for value in self.network.inputs]
+        samples, index = 0, -1
+        for index, batch in enumerate(self.batches):
+            try:
+                arrays = match_inputs(batch, specs, (), self.name)
+            except InputError as error:
+                raise DataError(f"batch {index}: {error.message}", hint=error.hint) from error
+            for name, array in arrays.items():
+                if array.dtype.kind == "f" and not np.isfinite(array).all():
+                    raise DataError(
+                        f"batch {index}: input {name} holds NaN or infinity",
+                        hint="statistics of it would be NaN, too: clean the data",
+                    )
+            samples += batch.size
+            yield Feed(index, {name: from_array(array) for name, array in arrays.items()})
+        if index < 0:
+            raise DataError("the data hold no batch", hint="check the data; a generator can be gone through only once")
+        if self.samples is not None and samples != self.samples:
+            raise DataError(
+                f"the data held {self.samples} samples in the first pass and {samples} in a later one",
+                hint="give something that can be iterated again with the same result, such as a list",
+            )
+        self.samples = samples
+
+    def seen_by(self, site: Site, feed: Feed) -> Seen:
+        """What a site sees of a batch.
+
+        Raises:
+            DataError: it is not finite.
+        """
+        value = feed.values[str(self.network.x(site).name)]
+        x = view(value)
+        assert x is not None, "what is normalised is a tensor"
+        self.resolution[site] = float(ml_dtypes.finfo(ir.DataType(value.element_type()).numpy()).eps)  # type: ignore[no-untyped-call]
+        seen = activation_seen(x, site.axis)
+        if not (np.isfinite(seen.values.mean).all() and np.isfinite(seen.values.m2).all()):
+            raise DataError(
+                f"batch {feed.index}: the input of {site.name} holds NaN or infinity",
+                hint="the batch itself is finite: an operator before this layer overflows; look at the preprocessing, and at the layers before",
+            )
+        return seen
+
+    def inputs_of(self, site: Site, arrays: Arrays) -> dict[str, onnxruntime.OrtValue]:
+        """The statistics of a site as inputs of the model."""
+        inputs = self.network.statistics[site]
+        return {str(inputs[role].name): from_array(array) for role, array in arrays.items()}
+
+
+class Part:
+    """What lies between the border behind one level and the sites of a later one. The session is opened with the first batch, which shows the types.
+
+    Args:
+        bench: the model and its data.
+        start: the level behind whose border it begins; -1: at the data.
+        end: the level whose sites, and whose border, it computes.
+    """
+
+    def __init__(self, bench: Workbench, start: int, end: int) -> None:
+        self._bench = bench
+        network = bench.network
+        self._given = network.boundary(start)
+        self._wanted = [v for v in network.wanted(end) if v not in self._given]
+        self._runner: OrtRunner | None = None
+
+    def run(self, feed: Feed, statistics: Values) -> Feed:
+        """The batch at the end, with all that was known of it at the start.
+
+        Raises:
+            DataError: the model fails on the batch.
+        """
+        if not self._wanted:
+            return feed
+        try:
+            if self._runner is None:
+                self._runner = self._open(feed)
+            computed = self._runner.run_values({**feed.values, **statistics})
+        except ModelError as error:
+            raise DataError(
+                f"batch {feed.index} does not run through the model: {error.message}",
+                hint="check shape, dtype and preprocessing of the data against the model's inputs",
+            ) from error
+        return Feed(feed.index, {**feed.values, **computed})
+
+    def _open(self, feed: Feed) -> OrtRunner:
+        network = self._bench.network
+        given = {v: _type(feed.values[str(v.name)]) for v in self._given}
+        given |= {v: v.type for values in network.statistics.values() for v in values.values() if v.type is not None}
+        part = extracted(network.model, given, self._wanted)
+        return OrtRunner(part, threads=self._bench.threads, name=self._bench.name, shared_arena=True)
+
+
+def _spec(value: ir.Value) -> InputSpec:
+    sizes = () if value.shape is None else value.shape
+    # a free size is a name, or what exporters write for one
+    return InputSpec(
+        str(value.name),
+        "" if value.dtype is None else dtype_name(value.dtype),
+        tuple(size if isinstance(size, int) and size >= 0 else None for size in sizes),
+    )
+
+
+def _type(value: onnxruntime.OrtValue) -> ir.TypeProtocol:
+    if value.is_tensor():
+        return ir.TensorType(ir.DataType(value.element_type()))
+    element = value.data_type().removeprefix("seq(").removesuffix(")")
+    return ir.SequenceType(ir.TensorType(ir.DataType.from_numpy(np.dtype(dtype_of(element)))))

@@ -1,0 +1,235 @@
+"""`bnctl recalibrate` as a user meets it: the guard, transforms, interruptions, torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bnctl.errors import ExitCode
+from bnctl.fixture import fixture_path
+
+BN = f"bnctl.fixture:with_bn@{fixture_path('digits_bn.safetensors')}"
+TEST, SHIFTED = (str(fixture_path(f"{name}.npz")) for name in ("test", "shifted"))
+UNLABELLED = "unlabelled.npz"
+
+
+@pytest.fixture(autouse=True)
+def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with np.load(fixture_path("shifted_calibration.npz")) as arrays:
+        np.savez(UNLABELLED, x=arrays["x"])
+
+
+def report(cli: Any, *words: str) -> Any:
+    ended = cli("recalibrate", BN, *words, "--json")
+    document = json.loads(ended.out)
+    document["code"] = ended.code
+    return document
+
+
+def spoilt() -> str:
+    """Images that have little to do with those of the test: recalibrating on them hurts."""
+    with np.load(TEST) as arrays:
+        x, y = arrays["x"], arrays["y"]
+    generator = np.random.default_rng(0)
+    worse = np.where(generator.random(x.shape) < 0.5, generator.random(x.shape) * 30, 0).astype(x.dtype)
+    # of five samples the last is held out: that one stays as it was
+    worse[4::5] = x[4::5]
+    np.savez("spoilt.npz", x=worse, y=y)
+    return "spoilt.npz"
+
+
+# ---- guard
+
+
+def test_labelled_data_are_judged_on_samples_that_were_not_used(cli: Any) -> None:
+    with np.load(SHIFTED) as arrays:
+        samples = len(arrays["x"])
+    found = report(cli, "--data", SHIFTED, "-o", "out", "--max-drop", "1")
+    assert found["code"] == ExitCode.OK
+    assert found["verdict"] == "pass"
+    held_out = samples // 5
+    assert found["accuracy"][0]["samples"] == held_out
+    assert found["summary"]["samples"] == samples - held_out
+    assert found["accuracy"][0]["difference"] > 0.05
+    assert Path("out").is_dir()
+
+
+def test_a_result_that_hurts_is_not_written(cli: Any) -> None:
+    found = report(cli, "--data", spoilt(), "-o", "out", "--max-drop", "1")
+    assert found["code"] == ExitCode.FAILED
+    assert found["verdict"] == "fail"
+    assert found["output"] is None
+    assert not Path("out").exists()
+    assert not Path("out.partial").exists()
+    assert any("nothing was written" in note for note in found["notes"])
+
+
+def test_without_a_limit_a_result_that_hurts_is_written_with_a_warning(cli: Any) -> None:
+    found = report(cli, "--data", spoilt(), "-o", "out")
+    assert found["code"] == ExitCode.OK
+    assert any("do not ship this" in note for note in found["notes"])
+    assert Path("out").is_dir()
+
+
+def test_too_few_samples_to_tell_are_inconclusive(cli: Any) -> None:
+    found = report(cli, "--data", TEST, "-o", "out", "--max-drop", "0.01", "--limit", "60")
+    assert found["code"] == ExitCode.INCONCLUSIVE
+    assert not Path("out").exists()
+
+
+def test_the_limit_needs_labels(cli: Any) -> None:
+    ended = cli("recalibrate", BN, "--data", UNLABELLED, "-o", "out", "--max-drop", "1")
+    assert ended.code == ExitCode.USAGE
+    assert "no labels" in ended.err
+    ended = cli("recalibrate", BN, "--data", TEST, "-o", "out", "--max-drop", "1", "--hold-out", "0")
+    assert ended.code == ExitCode.USAGE
+    assert "--hold-out is 0" in ended.err
+    assert cli("recalibrate", BN, "--data", TEST, "-o", "out", "--hold-out", "1").code == ExitCode.USAGE
+
+
+def test_without_labels_all_samples_are_used(cli: Any) -> None:
+    found = report(cli, "--data", UNLABELLED, "-o", "out")
+    with np.load(UNLABELLED) as arrays:
+        assert found["summary"]["samples"] == len(arrays["x"])
+    assert "accuracy" not in found
+    assert any("bnctl bench" in note for note in found["notes"])
+
+
+def test_the_best_prior_is_chosen_by_accuracy(cli: Any) -> None:
+    """On images of which recalibration hurts the largest prior wins, and it is judged on other samples than it was chosen by."""
+    found = report(cli, "--data", spoilt(), "-o", "out", "--prior", "auto")
+    tried = {entry["prior"]: entry["accuracy"] for entry in found["priors"]}
+    assert len(tried) == 6
+    assert found["summary"]["prior"] == max(tried, key=lambda prior: (tried[prior], prior)) > 0
+    with np.load(TEST) as arrays:
+        held_out = len(arrays["x"]) // 5
+    assert found["accuracy"][0]["samples"] == held_out // 2
+
+
+# ---- transforms
+
+
+def test_a_transform_changes_what_is_recalibrated_on_and_not_what_judges(cli: Any) -> None:
+    Path("mine.py").write_text("def darker(x):\n    return x * 0.2\n")
+    plain = report(cli, "--data", TEST, "-o", "plain")
+    dark = report(cli, "--data", TEST, "-o", "dark", "--augment", "mine:darker")
+    assert dark["accuracy"][0]["baseline"] == plain["accuracy"][0]["baseline"]
+    assert dark["sites"][0]["drift"]["mean"] > 10 * plain["sites"][0]["drift"]["mean"]
+    ended = cli("recalibrate", BN, "--data", TEST, "-o", "x", "--augment", "mine:lighter")
+    assert ended.code == ExitCode.USAGE
+    assert "mine has no lighter" in ended.err
+
+
+# ---- options
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [("--memory=4X", "not a number of bytes"), ("--prior=much", "neither a number"), ("--until=0", "tolerance")],
+)
+def test_options_that_make_no_sense(cli: Any, word: str, said: str) -> None:
+    ended = cli("recalibrate", BN, "--data", UNLABELLED, "-o", "out", word)
+    assert ended.code == ExitCode.USAGE
+    assert said in ended.err
+
+
+@pytest.mark.parametrize(
+    ("word", "number"), [("500M", 500_000_000), ("1.5GiB", 3 << 29), ("4000000", 4_000_000), ("2 k", 2000)]
+)
+def test_bytes(word: str, number: int) -> None:
+    from bnctl.cli.options import parse_bytes
+
+    assert parse_bytes(word) == number
+
+
+def test_options_of_torch_models_are_refused_for_onnx(cli: Any) -> None:
+    model = str(fixture_path("digits_bn.onnx"))
+    for option in (("--until", "0.1"), ("--resume",), ("--autocast", "bf16"), ("--on-bad-batch", "skip")):
+        ended = cli("recalibrate", model, "--data", UNLABELLED, "-o", "out.onnx", *option)
+        assert ended.code == ExitCode.USAGE
+        assert option[0] in ended.err
+
+
+def test_onnx_models_are_recalibrated_and_judged_too(cli: Any) -> None:
+    model = str(fixture_path("digits_bn.onnx"))
+    words = ("--data", SHIFTED, "--max-drop", "1", "--json")
+    of_onnx = json.loads(cli("recalibrate", model, *words, "-o", "out.onnx").out)
+    of_torch = report(cli, *words[:-1], "-o", "out")
+    assert of_onnx["verdict"] == "pass"
+    assert of_onnx["summary"]["recalibrated"] == of_torch["summary"]["recalibrated"]
+    for one, other in zip(of_onnx["sites"], of_torch["sites"], strict=True):
+        assert one["drift"]["mean"] == pytest.approx(other["drift"]["mean"], rel=1e-3)
+    assert of_onnx["accuracy"][0]["candidate"] == pytest.approx(of_torch["accuracy"][0]["candidate"], abs=0.01)
+
+
+# ---- interruptions and workers
+
+
+LOADER = """
+import os, time
+import numpy as np
+from bnctl.fixture import fixture_path
+
+def slow():
+    with np.load(fixture_path("shifted_calibration.npz")) as arrays:
+        x = arrays["x"]
+    for start in range(0, len(x), 10):
+        time.sleep(float(os.environ.get("PAUSE", "0")))
+        yield x[start:start + 10]
+"""
+
+
+def started(*words: str, **environment: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "bnctl", "recalibrate", BN, "--data", "mine:slow", *words]
+    shared = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen(command, env=shared, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def ended(run: subprocess.Popen[str]) -> None:
+    out, err = run.communicate(timeout=100)
+    assert run.returncode == 0, out + err
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_run_that_is_stopped_leaves_a_file_from_which_it_goes_on(how: signal.Signals) -> None:
+    Path("mine.py").write_text(LOADER)
+    run = started("-o", "out", "--method", "ema", PAUSE="0.2")
+    deadline = time.monotonic() + 100
+    while not Path("out.partial").exists():
+        assert time.monotonic() < deadline
+        assert run.poll() is None, run.stderr
+        time.sleep(0.05)
+    run.send_signal(how)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == (ExitCode.INTERRUPTED if how is signal.SIGINT else -how)
+    assert "Traceback" not in err
+    assert not Path("out").exists()
+    ended(started("-o", "out", "--method", "ema", "--resume"))
+    ended(started("-o", "whole", "--method", "ema"))
+    assert not Path("out.partial").exists()
+    assert Path("out/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()
+
+
+def test_torchrun_has_one_voice_and_the_same_result(cli: Any) -> None:
+    Path("mine.py").write_text(LOADER)
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listening.getsockname()[1]), "WORLD_SIZE": "2"}
+    runs = [started("-o", "two", "--json", RANK=str(rank), LOCAL_RANK=str(rank), **address) for rank in (0, 1)]
+    outputs = [run.communicate(timeout=100) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], outputs
+    assert json.loads(outputs[0][0])["output"]["path"] == "two"
+    assert outputs[1] == ("", "")
+    ended(started("-o", "one"))
+    assert Path("one/model.safetensors").read_bytes() == Path("two/model.safetensors").read_bytes()
