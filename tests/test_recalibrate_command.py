@@ -233,3 +233,29 @@ def test_torchrun_has_one_voice_and_the_same_result(cli: Any) -> None:
     assert outputs[1] == ("", "")
     ended(started("-o", "one"))
     assert Path("one/model.safetensors").read_bytes() == Path("two/model.safetensors").read_bytes()
+
+
+DYING = """
+import os, signal
+from mine import slow
+
+def dying():
+    for index, x in enumerate(slow()):
+        if index == 21 and os.environ.get("RANK") == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield x
+"""
+
+
+def test_torchrun_starts_anew_when_a_worker_dies_and_the_run_goes_on() -> None:
+    Path("mine.py").write_text(LOADER)
+    Path("worse.py").write_text(DYING)
+    words = ("recalibrate", BN, "--method", "ema", "--json")
+    torchrun = ("torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1", "-m", "bnctl")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", *torchrun, *words, "--data", "worse:dying", "-o", "two", "--resume"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "local_rank: 1" in run.stderr  # so torchrun says; the first worker is stopped before it can
+    ended(started("-o", "one", "--method", "ema"))
+    assert Path("one/model.safetensors").read_bytes() == Path("two/model.safetensors").read_bytes()

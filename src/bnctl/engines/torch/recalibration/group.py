@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
+from torch.distributed.distributed_c10d import PrefixStore, rendezvous
 
 from bnctl.errors import BnctlError, UsageError, WorkerError
 from bnctl.recalibration.workers import Alone, Workers
@@ -104,7 +105,10 @@ def joined(environment: Mapping[str, str] = os.environ) -> Iterator[Workers]:
         yield Alone()
         return
     try:
-        torch.distributed.init_process_group("gloo", timeout=PATIENCE)
+        store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+        # the store outlives a restart of the workers, and would have them call those who are gone
+        store = PrefixStore(f"bnctl/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise UsageError(
             f"the {size} workers do not find each other: {error}",
