@@ -27,13 +27,20 @@ def as_tensors(
 
     def convert(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return value.to(place, copy=True)  # a model may write into its input
+            return _moved(value, place, value.dtype, copy=True)  # a model may write into its input
         if isinstance(value, np.ndarray):
             tensor = torch.from_numpy(np.array(value))
-            return tensor.to(place, float_type if tensor.is_floating_point() else None)
+            return _moved(tensor, place, (tensor.is_floating_point() and float_type) or tensor.dtype, copy=False)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             parts = {f.name: pytree.tree_map(convert, getattr(value, f.name)) for f in dataclasses.fields(value)}
             return dataclasses.replace(value, **parts)
         return value
 
     return pytree.tree_map(convert, (tuple(batch.args), dict(batch.kwargs)))  # type: ignore[no-any-return]
+
+
+def _moved(tensor: torch.Tensor, place: torch.device, dtype: torch.dtype, *, copy: bool) -> torch.Tensor:
+    """On the device, in the type; to a GPU from pinned memory, beside what runs there."""
+    if place.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(place, dtype, non_blocking=True)
+    return tensor.to(place, dtype, copy=copy)

@@ -11,7 +11,8 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
-from torch.distributed.distributed_c10d import PrefixStore, rendezvous
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from bnctl.errors import BnctlError, UsageError, WorkerError
 from bnctl.recalibration.workers import Alone, Workers

@@ -97,7 +97,8 @@ class Crew:
         self._pool.shutdown()
 
     def each(self, work: Callable[[T], object], items: Iterable[T]) -> Iterator[T]:
-        """Call `work` with each item; items come back in their order. They are taken from the iterable only when there is a hand free.
+        """Call `work` with each item; items come back in their order. One item more than there are hands is taken from the iterable: it is loaded
+        meanwhile.
 
         The threads stay: torch builds its convolutions anew when a thread first runs one.
 
@@ -108,7 +109,7 @@ class Crew:
         try:
             while True:
                 running.extend(
-                    (item, self._pool.submit(work, item)) for item in islice(coming, self._hands - len(running))
+                    (item, self._pool.submit(work, item)) for item in islice(coming, self._hands + 1 - len(running))
                 )
                 if not running:
                     return
