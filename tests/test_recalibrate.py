@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from bnctl.data.batches import Batch, as_batches
 from bnctl.engines.torch import recalibrate as engine
-from bnctl.engines.torch.recalibration import memory, schedules
+from bnctl.engines.torch.recalibration import memory, run, schedules
 from bnctl.engines.torch.recalibration.memory import LiveStorages
 from bnctl.engines.torch.recalibration.operators import inference
 from bnctl.engines.torch.recalibration.strand import Crew, Strand
@@ -325,7 +325,7 @@ def test_batch_is_the_naive_reference() -> None:
 
 @pytest.fixture
 def probe_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (engine, schedules):
+    for module in (run, schedules):
         monkeypatch.setattr(module, "PROBE", 1)
 
 
@@ -530,7 +530,7 @@ def test_memory_decides_on_the_schedule(
         recalibrate(net, batches, memory_bytes=int(limit * per_sample * 23))
     assert ("one pass per layer" in caplog.text) != lockstep
     caplog.clear()
-    monkeypatch.setattr("bnctl.engines.torch.recalibrate.MAX_STRANDS", 4)
+    monkeypatch.setattr("bnctl.engines.torch.recalibration.run.MAX_STRANDS", 4)
     with caplog.at_level("INFO", logger="bnctl"):
         recalibrate(net, batches, memory_bytes=10**9)
     assert "one pass per layer" in caplog.text

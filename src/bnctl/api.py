@@ -154,7 +154,8 @@ def recalibrate(
         prior: old statistics count as so many more samples (Schneider et al. 2020).
         until: use no more of the data than it takes to know every channel's mean to so many standard deviations.
     """
-    from bnctl.commands.recalibrate import Recalibration, recalibrate_model
+    from bnctl.commands.recalibrate import recalibrate_model
+    from bnctl.commands.recalibration import Recalibration
 
     opened = as_model(model)
     how = Recalibration(method=method, selection=Selection(where, skip), prior=prior, until=until)

@@ -173,7 +173,8 @@ def recalibrate(
     dry_run: options.DryRun = False,
 ) -> Report:
     """New running statistics from data; under torchrun, with the data shared among the workers."""
-    from bnctl.commands.recalibrate import Recalibration, run_recalibrate
+    from bnctl.commands.recalibrate import run_recalibrate
+    from bnctl.commands.recalibration import Recalibration
 
     if hold_out == 1:
         raise UsageError(

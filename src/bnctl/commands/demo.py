@@ -18,7 +18,8 @@ from bnctl.commands.fold import run_fold
 from bnctl.commands.guard import HOLD_OUT
 from bnctl.commands.insert import run_insert
 from bnctl.commands.inspect import run_inspect
-from bnctl.commands.recalibrate import Recalibration, run_recalibrate
+from bnctl.commands.recalibrate import run_recalibrate
+from bnctl.commands.recalibration import Recalibration
 from bnctl.commands.setup import Progress, Setup
 from bnctl.commands.verify import run_verify
 from bnctl.errors import ExitCode, UsageError

@@ -6,83 +6,31 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from bnctl.commands import guard
 from bnctl.commands.fold import Outcome
-from bnctl.commands.setup import Progress, Setup, no_progress
+from bnctl.commands.recalibration import Found, Place, Recalibration, on_engine
+from bnctl.commands.setup import Setup
 from bnctl.data.batches import as_batches, first_of
 from bnctl.errors import UsageError
 from bnctl.models.save import Target
 from bnctl.recalibration.partial import Partial
 from bnctl.recalibration.workers import Alone, Workers
 from bnctl.report import Artifact, Report, Site
-from bnctl.selection import Selection
 
 if TYPE_CHECKING:
     from bnctl.data.batches import Batch, Batches
     from bnctl.models.model import Model
     from bnctl.recalibration.statistics import SiteStatistics
 
-Method = Literal["exact", "batch", "ema"]
-
 FEW = 0.1
 """A mean that is known to so many standard deviations only is worth a word."""
 
 WEIGHTS = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9)
 """Weights of the old statistics that ``--prior auto`` tries."""
-
-
-@dataclass(frozen=True)
-class Recalibration:
-    """How to recalibrate.
-
-    Args:
-        method: see :func:`bnctl.engines.torch.recalibrate.recalibrate`.
-        selection: which layers.
-        prior: old statistics count as so many samples; "auto": the number with the best accuracy on samples held out.
-        until: standard error of the means, in standard deviations, at which the data are enough.
-        on_bad_batch: what to do about NaN and infinity in the data.
-        memory_bytes: what paused forward passes may hold; None: half of what is free.
-        autocast: type of operators that do not mind: "bf16" or "fp16".
-        hold_out: one labelled sample in so many judges the result and is not used for it; 0: none.
-        max_drop_pp: most that accuracy may fall; else nothing is written.
-        augment: ``package.module:callable``, applied to each sample.
-        resume: go on where an interrupted run stopped.
-    """
-
-    method: Method = "exact"
-    selection: Selection = field(default_factory=Selection)
-    prior: float | Literal["auto"] = 0.0
-    until: float | None = None
-    on_bad_batch: Literal["refuse", "skip"] = "refuse"
-    memory_bytes: int | None = None
-    autocast: Literal["bf16", "fp16"] | None = None
-    hold_out: int = 0
-    max_drop_pp: float | None = None
-    augment: str | None = None
-    resume: bool = False
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the work is done.
-
-    Args:
-        device: "cpu" or "cuda".
-        threads: batches, or operators, that are run at a time; None: as many as the runtime takes.
-        workers: processes that share the batches.
-        partial: keeps what is known, for a run that is interrupted.
-        progress: is told how far it is.
-    """
-
-    device: str = "cpu"
-    threads: int | None = None
-    workers: Workers = field(default_factory=Alone)
-    partial: Partial = field(default_factory=Partial)
-    progress: Progress = no_progress
 
 
 def recalibrate_model(
@@ -118,7 +66,7 @@ def recalibrate_model(
         assert held_out is not None
         chosen_by, held_out = hold_out(held_out, 2)
         how, tried = _with_best_prior(model, used, chosen_by, how, place)
-    found = _on_engine(model, used, how, place)
+    found = on_engine(model, used, how, place)
     new = replace(model, native=found.native, program=None)
     judged = guard.Judged()
     if held_out is not None:
@@ -172,85 +120,6 @@ def run_recalibrate(word: str, target: Target, setup: Setup, how: Recalibration)
     return replace(report, elapsed_s=time.perf_counter() - started)
 
 
-@dataclass(frozen=True, eq=False)
-class _Found:
-    """What an engine returns, whichever it is."""
-
-    native: Any
-    sites: list[SiteStatistics]
-    samples: int
-    skipped: list[int]
-    standard_error: float
-    enough: bool | None
-
-
-def _on_engine(model: Model, batches: Batches, how: Recalibration, place: Place) -> _Found:
-    assert how.prior != "auto"
-    if model.kind == "onnx":
-        return _on_onnx(model, batches, how, place)
-    import torch
-
-    from bnctl.engines.torch.engine import copy_module
-    from bnctl.engines.torch.recalibrate import recalibrate
-
-    module = copy_module(model.native, model.word) if isinstance(model.native, torch.fx.GraphModule) else model.native
-    assert isinstance(module, torch.nn.Module)
-    found = recalibrate(
-        module,
-        batches,
-        method=how.method,
-        where=how.selection.where or None,
-        skip=how.selection.skip or None,
-        prior=how.prior,
-        until=how.until,
-        device=place.device,
-        threads=place.threads,
-        autocast=None if how.autocast is None else {"bf16": torch.bfloat16, "fp16": torch.float16}[how.autocast],
-        on_bad_batch=how.on_bad_batch,
-        progress=place.progress,
-        memory_bytes=how.memory_bytes,
-        workers=place.workers,
-        partial_file=place.partial,
-        resume=how.resume,
-    )
-    return _Found(found.model, found.sites, found.samples, found.skipped, found.standard_error, found.enough)
-
-
-def _on_onnx(model: Model, batches: Batches, how: Recalibration, place: Place) -> _Found:
-    given = {
-        "--until": how.until is not None,
-        "--autocast": how.autocast is not None,
-        "--on-bad-batch skip": how.on_bad_batch == "skip",
-        "--resume": how.resume,
-        "torchrun": place.workers.size > 1,
-        "--device cuda": place.device != "cpu",
-    }
-    for option, is_given in given.items():
-        if is_given:
-            raise UsageError(
-                f"{option} is for torch models, and {model.word} is an ONNX file",
-                hint=f"run without {option}, or recalibrate before the export",
-            )
-    from bnctl.engines.onnx.recalibrate import recalibrate
-
-    assert how.prior != "auto"
-    native: Any = model.native
-    new, sites, samples = recalibrate(
-        native,
-        batches,
-        method=how.method,
-        where=how.selection.where or None,
-        skip=how.selection.skip or None,
-        prior=how.prior,
-        threads=place.threads or 1,
-        progress=place.progress,
-        memory_bytes=how.memory_bytes,
-        name=model.word,
-    )
-    worst = max((site.standard_error or 0.0 for site in sites), default=0.0)
-    return _Found(new, sites, samples, [], worst, None)
-
-
 def _with_best_prior(
     model: Model, used: Batches, chosen_by: Batches, how: Recalibration, place: Place
 ) -> tuple[Recalibration, list[dict[str, float]]]:
@@ -260,7 +129,7 @@ def _with_best_prior(
     samples = 0
     for weight in WEIGHTS:
         prior = round(samples * weight / (1 - weight))
-        found = _on_engine(model, used, replace(how, prior=float(prior), resume=False), place)
+        found = on_engine(model, used, replace(how, prior=float(prior), resume=False), place)
         samples = found.samples
         accuracy = 0.0
         if place.workers.rank == 0:
@@ -275,7 +144,7 @@ def _with_best_prior(
     return replace(how, prior=float(best["prior"])), tried
 
 
-def _notes(found: _Found, how: Recalibration, judged: guard.Judged) -> Iterator[str]:
+def _notes(found: Found, how: Recalibration, judged: guard.Judged) -> Iterator[str]:
     if not judged.rows:
         yield "recalibration changes the function: check accuracy with bnctl bench before you ship it"
     if found.enough is False:

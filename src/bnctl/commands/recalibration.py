@@ -1,0 +1,149 @@
+"""What a recalibration is told, and how it is handed to the engine of the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from bnctl.commands.setup import Progress, no_progress
+from bnctl.errors import UsageError
+from bnctl.recalibration.partial import Partial
+from bnctl.recalibration.workers import Alone, Workers
+from bnctl.selection import Selection
+
+if TYPE_CHECKING:
+    from bnctl.data.batches import Batches
+    from bnctl.models.model import Model
+    from bnctl.recalibration.statistics import SiteStatistics
+
+Method = Literal["exact", "batch", "ema"]
+
+
+@dataclass(frozen=True)
+class Recalibration:
+    """How to recalibrate.
+
+    Args:
+        method: see :func:`bnctl.engines.torch.recalibrate.recalibrate`.
+        selection: which layers.
+        prior: old statistics count as so many samples; "auto": the number with the best accuracy on samples held out.
+        until: standard error of the means, in standard deviations, at which the data are enough.
+        on_bad_batch: what to do about NaN and infinity in the data.
+        memory_bytes: what paused forward passes may hold; None: half of what is free.
+        autocast: type of operators that do not mind: "bf16" or "fp16".
+        hold_out: one labelled sample in so many judges the result and is not used for it; 0: none.
+        max_drop_pp: most that accuracy may fall; else nothing is written.
+        augment: ``package.module:callable``, applied to each sample.
+        resume: go on where an interrupted run stopped.
+    """
+
+    method: Method = "exact"
+    selection: Selection = field(default_factory=Selection)
+    prior: float | Literal["auto"] = 0.0
+    until: float | None = None
+    on_bad_batch: Literal["refuse", "skip"] = "refuse"
+    memory_bytes: int | None = None
+    autocast: Literal["bf16", "fp16"] | None = None
+    hold_out: int = 0
+    max_drop_pp: float | None = None
+    augment: str | None = None
+    resume: bool = False
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the work is done.
+
+    Args:
+        device: "cpu" or "cuda".
+        threads: batches, or operators, that are run at a time; None: as many as the runtime takes.
+        workers: processes that share the batches.
+        partial: keeps what is known, for a run that is interrupted.
+        progress: is told how far it is.
+    """
+
+    device: str = "cpu"
+    threads: int | None = None
+    workers: Workers = field(default_factory=Alone)
+    partial: Partial = field(default_factory=Partial)
+    progress: Progress = no_progress
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What an engine returns, whichever it is."""
+
+    native: Any
+    sites: list[SiteStatistics]
+    samples: int
+    skipped: list[int]
+    standard_error: float
+    enough: bool | None
+
+
+def on_engine(model: Model, batches: Batches, how: Recalibration, place: Place) -> Found:
+    """New statistics, by the engine of the model's kind; the prior is a number by now."""
+    assert how.prior != "auto"
+    if model.kind == "onnx":
+        return _on_onnx(model, batches, how, place)
+    import torch
+
+    from bnctl.engines.torch.engine import copy_module
+    from bnctl.engines.torch.recalibrate import recalibrate
+
+    module = copy_module(model.native, model.word) if isinstance(model.native, torch.fx.GraphModule) else model.native
+    assert isinstance(module, torch.nn.Module)
+    found = recalibrate(
+        module,
+        batches,
+        method=how.method,
+        where=how.selection.where or None,
+        skip=how.selection.skip or None,
+        prior=how.prior,
+        until=how.until,
+        device=place.device,
+        threads=place.threads,
+        autocast=None if how.autocast is None else {"bf16": torch.bfloat16, "fp16": torch.float16}[how.autocast],
+        on_bad_batch=how.on_bad_batch,
+        progress=place.progress,
+        memory_bytes=how.memory_bytes,
+        workers=place.workers,
+        partial_file=place.partial,
+        resume=how.resume,
+    )
+    return Found(found.model, found.sites, found.samples, found.skipped, found.standard_error, found.enough)
+
+
+def _on_onnx(model: Model, batches: Batches, how: Recalibration, place: Place) -> Found:
+    given = {
+        "--until": how.until is not None,
+        "--autocast": how.autocast is not None,
+        "--on-bad-batch skip": how.on_bad_batch == "skip",
+        "--resume": how.resume,
+        "torchrun": place.workers.size > 1,
+        "--device cuda": place.device != "cpu",
+    }
+    for option, is_given in given.items():
+        if is_given:
+            raise UsageError(
+                f"{option} is for torch models, and {model.word} is an ONNX file",
+                hint=f"run without {option}, or recalibrate before the export",
+            )
+    from bnctl.engines.onnx.recalibrate import recalibrate
+
+    assert how.prior != "auto"
+    native: Any = model.native
+    new, sites, samples = recalibrate(
+        native,
+        batches,
+        method=how.method,
+        where=how.selection.where or None,
+        skip=how.selection.skip or None,
+        prior=how.prior,
+        threads=place.threads or 1,
+        progress=place.progress,
+        memory_bytes=how.memory_bytes,
+        name=model.word,
+    )
+    worst = max((site.standard_error or 0.0 for site in sites), default=0.0)
+    return Found(new, sites, samples, [], worst, None)

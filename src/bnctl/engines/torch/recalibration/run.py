@@ -1,0 +1,224 @@
+"""One recalibration: as many batches as it takes, in the schedule that memory allows, from the start or from where another one stopped."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+
+from bnctl.data.batches import first_of
+from bnctl.engines.torch.recalibration.lockstep import lockstep
+from bnctl.engines.torch.recalibration.memory import DEFAULT_SHARE, LiveStorages, available_bytes
+from bnctl.engines.torch.recalibration.schedules import (
+    PROBE,
+    Round,
+    Settled,
+    measure,
+    pass_per_site,
+    pass_with_own_batches,
+    settle,
+    solve,
+)
+from bnctl.engines.torch.recalibration.workbench import Feed, Visit, Workbench
+from bnctl.errors import DataError, ModelError
+from bnctl.recalibration.book import Account, Book
+from bnctl.recalibration.partial import Partial, State
+from bnctl.selection import Selection
+
+if TYPE_CHECKING:
+    from bnctl.recalibration.estimate import Statistics
+
+Method = Literal["exact", "batch", "ema"]
+
+MAX_STRANDS = 512
+"""Most batches that are run in lockstep: each is a thread, and systems limit their number."""
+
+PILOT_SAMPLES = 64
+"""So many samples, at least, say how many are needed."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """Accounts of all sites, what the new statistics produce in inference, and the sites that did not settle."""
+
+    book: Book
+    produced: dict[str, Statistics]
+    moving: set[str]
+
+    def standard_error(self) -> float:
+        """The largest of all channels' means, in standard deviations."""
+        errors = (
+            account.seen.standard_error().max(initial=0.0) for account in self.book.accounts.values() if account.count
+        )
+        return float(max(errors, default=0.0))
+
+
+@dataclass(eq=False)
+class Run:
+    """How statistics are taken, and with what.
+
+    Args:
+        method: "exact", "batch" or "ema".
+        selection: which sites.
+        bench: runs the working copy over the data.
+        memory_bytes: what paused forwards may hold; None: half of what is available.
+        partial: where to keep what is known so far.
+    """
+
+    method: Method
+    selection: Selection
+    bench: Workbench
+    memory_bytes: int | None
+    partial: Partial
+
+    def until(self, tolerance: float | None, *, resume: bool) -> tuple[Found, bool | None]:
+        """Recalibrate on as many batches as it takes, and whether they were enough."""
+        bench = self.bench
+        state = bench.workers.share(
+            self.partial.read() if resume and not bench.workers.rank else None, lambda found: found[0]
+        )
+        limit = None if tolerance is None else self._pilot()
+        if state is not None:
+            bench.random_state = torch.frombuffer(bytearray(state.random_state), dtype=torch.uint8)
+            limit = state.limit
+        while True:
+            bench.start_over(limit)
+            found = self._once(state)
+            if tolerance is None:
+                return found, None
+            error = found.standard_error()
+            if error <= tolerance or limit is None or bench.workers.share(bench.exhausted, all):
+                return found, error <= tolerance
+            growth = min((error / tolerance) ** 2 * 1.1, 16.0)
+            state, limit = None, max(limit + 1, math.ceil(limit * growth))
+
+    def _pilot(self) -> int:
+        return max(2, -(-PILOT_SAMPLES // first_of(self.bench.batches).size))
+
+    def _once(self, state: State | None) -> Found:
+        if self.method == "exact":
+            return self._exact(state)
+        bench = self.bench
+        book, probe = Book(), Book()
+        if state is not None:
+            book.accounts |= state.accounts
+            probe.accounts |= state.probe
+
+        def enter(first: int, samples: int) -> None:
+            book.enter(bench.workers)
+            probe.enter(bench.workers)
+            self._keep(book.accounts, probe.accounts, first, samples)
+
+        pass_with_own_batches(
+            bench, book, probe, enter, *((0, 0) if state is None else (state.next_batch, state.samples))
+        )
+        _check_sites(bench, self.selection)
+        for account in with_values(book):
+            bench.store(account.site, account.average if self.method == "ema" else bench.statistics(account))
+        produced = measure(bench, PROBE)
+        return Found(book, {a.site.name: _produced(a, probe, produced) for a in with_values(book)}, set())
+
+    def _exact(self, state: State | None) -> Found:
+        bench, settled = self.bench, Settled()
+        round_ = self._round()
+        bench.keep = lambda: self._keep(settled, {}, 0, bench.samples or 0)
+        for account in () if state is None else state.accounts.values():
+            settle(bench, account, settled)
+        book, moving = solve(bench, round_, settled)
+        return Found(book, {a.site.name: a.seen.values.statistics() for a in with_values(book)}, moving)
+
+    def _round(self) -> Round:
+        """Lockstep where the paused forwards of every worker fit into its memory, else one pass per site."""
+        bench = self.bench
+        budget = self.memory_bytes
+        if budget is None:
+            budget = int(available_bytes(bench.device) * DEFAULT_SHARE)
+        feeds: list[Feed] = []
+        per_sample, samples, fits = 0.0, 0, True
+        for feed in bench.feeds():
+            if not feeds:
+                per_sample = _paused_bytes(bench, feed)
+            samples += feed.size
+            fits = per_sample * samples <= budget and len(feeds) < MAX_STRANDS
+            if not fits:
+                break
+            feeds.append(feed)
+        _check_sites(bench, self.selection)
+        if bench.workers.share(fits, all):
+            bench.passed(bench.workers.share(samples, sum))
+            return partial(lockstep, bench, feeds)
+        _log.info(
+            "one pass per layer: %d batches would hold %.0f MB, of %.0f",
+            len(feeds) + 1,
+            per_sample * samples / 1e6,
+            budget / 1e6,
+        )
+        return partial(pass_per_site, bench)
+
+    def _keep(
+        self, accounts: Mapping[str, Account], probe: Mapping[str, Account], next_batch: int, samples: int
+    ) -> None:
+        if self.bench.workers.rank == 0:
+            random_state = self.bench.random_state.numpy().tobytes()
+            self.partial.keep(State(random_state, dict(accounts), dict(probe), next_batch, samples, self.bench.limit))
+
+
+def _check_sites(bench: Workbench, selection: Selection) -> None:
+    """Refuse a model without sites, and globs that name none. Every worker calls this in step."""
+    names = bench.workers.share(
+        bench.sites.names(), lambda of_workers: [name for names in of_workers for name in names]
+    )
+    if not names:
+        raise ModelError(
+            f"{type(bench.model).__name__} has no normalisation with running statistics",
+            hint="if it was folded, recalibrate the model from before; else insert normalisation first (bnctl insert)",
+        )
+    selection.check(names)
+
+
+def _paused_bytes(bench: Workbench, feed: Feed) -> float:
+    """Most bytes per sample that a forward holds while it waits at a site, and its input; from a run of one sample with the old statistics, or of the whole
+    batch where the model does not take a single one.
+    """
+    try:
+        return _paused_bytes_of(bench, feed.one_sample())
+    except DataError:
+        return _paused_bytes_of(bench, feed)
+
+
+def _paused_bytes_of(bench: Workbench, feed: Feed) -> float:
+    inputs = feed.tensors()
+    live = LiveStorages((*inputs, *bench.model.parameters(), *bench.model.buffers()))
+    most = 0
+
+    def look(visit: Visit) -> None:
+        nonlocal most
+        most = max(most, live.size_bytes())
+
+    bench.run(feed, look, live)
+    return (most + sum(tensor.nbytes for tensor in inputs)) / max(feed.size, 1)
+
+
+def with_values(book: Book) -> list[Account]:
+    """The accounts of all sites that saw a value, in the order of their first calls."""
+    return [account for account in book.in_order() if account.count]
+
+
+def _produced(account: Account, probe: Book, measured: Book) -> Statistics:
+    """What the new statistics produce over all data, from what they do to some batches: the difference between what was gathered there and what is
+    measured now is free of the chance that chose these batches.
+    """
+    gathered, now = probe.accounts.get(account.site.name), measured.accounts.get(account.site.name)
+    mean, var = account.seen.values.statistics()
+    if gathered is None or now is None or not (gathered.count and now.count):
+        return mean, var
+    (mean_g, var_g), (mean_n, var_n) = gathered.seen.values.statistics(), now.seen.values.statistics()
+    return mean + (mean_n - mean_g), var * np.divide(var_n, var_g, out=np.ones_like(var), where=var_g > 0)
