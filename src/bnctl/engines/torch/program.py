@@ -173,12 +173,14 @@ class Replay:
         for step in self.program.steps:
             called = _child(self.owner, step.name) if step.child else _operator(step.name)
             given = [values[a.value] if type(a) is Ref else self._given(a, values) for a in step.args]
-            result = called(*given, **{k: self._given(v, values) for k, v in step.kwargs})
+            named = {k: self._given(v, values) for k, v in step.kwargs} if step.kwargs else {}
+            result = called(*given, **named)
             if isinstance(result, Tensor):
                 values[step.outputs[0]] = result
             else:
                 values.update(zip(step.outputs, tensors_in(result), strict=True))
-        return self._given(self.program.result, values)
+        result = self.program.result
+        return values[result.value] if type(result) is Ref else self._given(result, values)
 
     def _without_defaults(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """Arguments in order, without those that say what would be taken anyway."""
@@ -257,9 +259,14 @@ def base_name(op: str) -> str:
 
 def _child(owner: nn.Module, path: str) -> Any:
     module: Any = owner
-    for name in path.split("."):
+    for name in _names(path):
         module = module._modules[name]
     return module
+
+
+@cache
+def _names(path: str) -> tuple[str, ...]:
+    return tuple(path.split("."))
 
 
 @cache

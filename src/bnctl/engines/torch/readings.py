@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from bnctl.engines.torch.calls import Calls, join
 from bnctl.engines.torch.hooks import watched_at_entry
@@ -165,7 +165,19 @@ class _Reader:
         args, kwargs = self._tree(op.args, numbers=True), self._tree(op.kwargs, numbers=True)
         return None if args is None or kwargs is None else self._step(op.op, False, args[0], kwargs[0], op.outputs)
 
+    def _innermost(self, child: ModuleCall) -> ModuleCall:
+        """The one layer that a child calls, where it does nothing else: what surgery leaves of a layer and its normalisation."""
+        while not self.calls.own(child) and not watched_at_entry(child.module):
+            inner = [c for c in self.calls.children[child] if type(c.module) is not nn.Identity]
+            if len(inner) != 1 or inner[0].path is None or any(m._forward_hooks for m in child.module.modules()):
+                break
+            if (inner[0].args, inner[0].kwargs, inner[0].result) != (child.args, child.kwargs, child.result):
+                break
+            child = inner[0]
+        return child
+
     def _child(self, child: ModuleCall) -> Step | None:
+        child = self._innermost(child)
         if child.path is None or not child.path.startswith(self.prefix):
             return None
         args, kwargs = self._tree(child.args, numbers=False), self._tree(child.kwargs, numbers=False)
