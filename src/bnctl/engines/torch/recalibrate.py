@@ -86,7 +86,7 @@ def recalibrate(
     pass per layer, with the same result. A layer that is called several times, or late by some batches, is iterated to a fixed point.
 
     **batch** (Ioffe & Szegedy 2015, algorithm 2; Wu & Johnson 2021, "PreciseBN"): every layer normalises with the statistics of its
-    own batch. One pass; one batch in 16 is run again with the new statistics for `self_consistency`. The result depends on the batch size.
+    own batch. One pass; one batch in 32 is run again with the new statistics for `self_consistency`. The result depends on the batch size.
 
     **ema**: what training would leave: the same pass, and ``mean = (1 - a) mean + a mean_b``, ``var = (1 - a) var + a var_b n_b / (n_b - 1)`` after each
     batch b, with the layer's own momentum a. ``num_batches_tracked`` advances.

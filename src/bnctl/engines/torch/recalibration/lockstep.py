@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from functools import partial
 
+import torch
+
 from bnctl.engines.torch.recalibration.schedules import Settled, settle
 from bnctl.engines.torch.recalibration.strand import Strand
 from bnctl.engines.torch.recalibration.workbench import Feed, Visit, Workbench
@@ -24,6 +26,8 @@ def lockstep(bench: Workbench, feeds: list[Feed], fixed: Collection[str], settle
     ready, waiting = list(enumerate(strands)), dict[int, str]()
     numbers = {strand: number for number, strand in ready}
     try:
+        for _ in bench.crew.run(strands):
+            pass  # all threads are there
         while True:
             for strand in bench.crew.run(strand for _, strand in ready):
                 if strand.value is not None:
@@ -52,4 +56,6 @@ def _forward(bench: Workbench, feed: Feed, book: Book, known: Collection[str], p
         if visit.site.name not in known:
             pause(visit.site.name)
 
+    torch.get_num_threads()  # a thread's first look throws away what torch has prepared for its convolutions: before there is any
+    pause("")
     bench.run(feed, arrive)

@@ -23,7 +23,7 @@ Round = Callable[[Collection[str], Settled], Book]
 STRIDE = 8
 """How many batches a worker goes through before the workers put together what they noted."""
 
-PROBE = 16
+PROBE = 32
 """One batch of so many shows what the statistics produce, where a method does not see it anyway."""
 
 
