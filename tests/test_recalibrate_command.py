@@ -15,6 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bnctl.commands import guard
+from bnctl.data.batches import Batch, located
+from bnctl.data.holdout import hold_out
 from bnctl.errors import ExitCode
 from bnctl.fixture import fixture_path
 
@@ -43,8 +46,9 @@ def spoilt() -> str:
         x, y = arrays["x"], arrays["y"]
     generator = np.random.default_rng(0)
     worse = np.where(generator.random(x.shape) < 0.5, generator.random(x.shape) * 30, 0).astype(x.dtype)
-    # of five samples the last is held out: that one stays as it was
-    worse[4::5] = x[4::5]
+    places = located(len(x), len(x), lambda steps: (Batch((np.arange(len(x)),)) for _ in steps))
+    held_out = np.concatenate([batch.args[0] for batch in hold_out(places, 5)[1]])
+    worse[held_out] = x[held_out]  # these judge
     np.savez("spoilt.npz", x=worse, y=y)
     return "spoilt.npz"
 
@@ -115,6 +119,67 @@ def test_the_best_prior_is_chosen_by_accuracy(cli: Any) -> None:
     with np.load(TEST) as arrays:
         held_out = len(arrays["x"]) // 5
     assert found["accuracy"][0]["samples"] == held_out // 2
+
+
+def test_the_gate_does_not_rest_on_an_output_that_may_be_another(cli: Any) -> None:
+    Path("two.py").write_text(
+        "from bnctl.fixture import with_bn\n"
+        "class Two(type(with_bn())):\n"
+        "    def forward(self, x):\n"
+        "        y = super().forward(x)\n"
+        "        return y * 0, y\n"
+        "def build():\n"
+        "    return Two()\n"
+    )
+    model = f"two:build@{fixture_path('digits_bn.safetensors')}"
+    ended = cli("recalibrate", model, "--data", TEST, "-o", "out", "--max-drop", "1", "--trust")
+    assert ended.code == ExitCode.USAGE
+    assert "look like class scores" in ended.err
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("words", [("--max-drop", "nan"), ("--max-drop", "1", "--hold-out", "5000")])
+def test_a_gate_that_cannot_be_judged_is_refused_before_any_work(
+    cli: Any, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bnctl.commands.recalibrate.on_engine", lambda *_: pytest.fail("it worked"))
+    assert cli("recalibrate", BN, "--data", TEST, "-o", "out", *words).code == ExitCode.USAGE
+
+
+def test_a_loader_that_shuffles_gives_the_judge_what_was_not_used(cli: Any) -> None:
+    """Each sample has its number in a corner, and the transform notes the ones that are used, the model the ones that judge."""
+    Path("shuffling.py").write_text(
+        "import numpy as np\n"
+        "from bnctl.fixture import fixture_path\n"
+        "used = set()\n"
+        "def shuffled():\n"
+        "    with np.load(fixture_path('test.npz')) as arrays:\n"
+        "        x, y = arrays['x'].copy(), arrays['y']\n"
+        "    x[:, 0, 0, 0] = np.arange(len(x)) / 1000\n"
+        "    order = np.random.permutation(len(x))\n"
+        "    return [(x[part], y[part]) for part in np.array_split(order, 20)]\n"
+        "def noting(x):\n"
+        "    used.add(round(float(x[0, 0, 0]) * 1000))\n"
+        "    return x\n"
+    )
+    judged: set[int] = set()
+    before = guard.judge
+
+    def watching(model: Any, new: Any, held_out: Any, limit: Any) -> Any:
+        judged.update(round(float(v) * 1000) for batch in held_out for v in batch.args[0][:, 0, 0, 0])
+        return before(model, new, held_out, limit)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(guard, "judge", watching)
+        assert (
+            cli("recalibrate", BN, "--data", "shuffling:shuffled", "--augment", "shuffling:noting", "-o", "out").code
+            == 0
+        )
+    import shuffling  # type: ignore[import-not-found]
+
+    assert len(shuffling.used) == 480
+    assert len(judged) == 120
+    assert not judged & shuffling.used
 
 
 # ---- transforms

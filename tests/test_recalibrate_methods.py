@@ -172,9 +172,9 @@ def test_until_stops_when_the_data_are_enough() -> None:
     assert found.enough
     assert 64 < found.samples < 1200
     assert found.standard_error <= 0.06
-    fewer = recalibrate(net(double=False), batches[: found.samples // 16])
+    fewer = recalibrate(net(double=False), batches[:: 2 * len(batches) // (found.samples // 8)])
     assert fewer.standard_error > 0.06  # half of them would not have been enough
-    same = recalibrate(net(double=False), batches[: found.samples // 8])
+    same = recalibrate(net(double=False), batches[:: len(batches) // (found.samples // 8)])
     torch.testing.assert_close(same.model.state_dict(), found.model.state_dict(), rtol=0, atol=0)
 
 
@@ -183,6 +183,37 @@ def test_until_says_when_the_data_are_too_few(method: Any) -> None:
     found = recalibrate(net(double=False), split(images(100), 8), until=1e-3, method=method)
     assert found.enough is False
     assert found.samples == 100
+
+
+def test_until_spreads_what_it_takes_over_sorted_data() -> None:
+    """The first batches are all of one kind: they would be enough for each other."""
+    x = images(1200)
+    x = x[x.mean((1, 2, 3)).argsort()]
+    found = recalibrate(net(double=False), split(x, 8), until=0.1)
+    whole = recalibrate(net(double=False), split(x, 8))
+    assert found.samples < 1200
+    front = recalibrate(net(double=False), split(x, 8)[: found.samples // 8])
+    scale = whole.model.bn1.running_var.sqrt()
+    assert ((found.model.bn1.running_mean - whole.model.bn1.running_mean).abs() / scale).max() < 0.2
+    assert ((front.model.bn1.running_mean - whole.model.bn1.running_mean).abs() / scale).max() > 0.5
+
+
+class Writing(Net):
+    """Writes into its input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.mul_(2))
+
+
+@pytest.mark.parametrize("how", [{}, {"memory_bytes": 0}, {"method": "batch"}, {"method": "ema"}])
+def test_a_model_that_writes_into_its_input(how: dict[str, Any]) -> None:
+    batches = split(images().double(), 5)
+    model = net()
+    model.__class__ = Writing
+    doubled = [Batch((2 * batch.args[0],)) for batch in batches]
+    found, expected = recalibrate(model, batches, **how), recalibrate(net(), doubled, **how)
+    torch.testing.assert_close(found.model.state_dict(), expected.model.state_dict(), rtol=0, atol=0)
+    assert torch.equal(torch.cat([batch.args[0] for batch in batches]), images().double())
 
 
 @pytest.mark.parametrize("until", [0.0, -1.0, float("inf"), float("nan")])
@@ -262,7 +293,13 @@ class Interrupting(Net):
         return self.bn2(y)
 
 
-@pytest.mark.parametrize("how", [{}, {"memory_bytes": 0}, {"method": "batch"}, {"method": "ema"}, {"prior": 7.0}])
+@pytest.mark.parametrize(
+    "how",
+    [
+        *({}, {"memory_bytes": 0}, {"method": "batch"}, {"method": "ema"}, {"prior": 7.0}),
+        {"prior": 700.0, "memory_bytes": 0},
+    ],
+)
 def test_an_interrupted_run_is_resumed_to_the_same_bits(how: dict[str, Any], tmp_path: Path) -> None:
     batches = split(images(93), 4)
     model = net(double=False)

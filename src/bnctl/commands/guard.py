@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bnctl.bench.accuracy import Accuracy, AccuracyRow, measure_accuracy
-from bnctl.bench.gates import GateResult, evaluate, exit_code, parse_gate
+from bnctl.bench.gates import Gate, GateResult, evaluate, exit_code, parse_gate
 from bnctl.data.batches import first_of
 from bnctl.data.holdout import hold_out
 from bnctl.errors import DataError, ExitCode, UsageError
@@ -68,7 +69,16 @@ def split(batches: Batches, one_in: int, *, needed: str | None) -> tuple[Batches
             if labelled
             else "give data with labels (arrays x and y, or one folder per class)",
         )
-    return hold_out(batches, one_in) if labelled and one_in else (batches, None)
+    if not (labelled and one_in):
+        return batches, None
+    used, held_out = hold_out(batches, one_in)
+    if next(iter(held_out), None) is None:
+        if needed:
+            raise UsageError(
+                f"{needed}: one sample in {one_in} is none of these data", hint="give more data, or a lower --hold-out"
+            )
+        return batches, None
+    return used, held_out
 
 
 def judge(before: Model, after: Model, held_out: Batches, max_drop_pp: float | None) -> Judged:
@@ -84,7 +94,7 @@ def judge(before: Model, after: Model, held_out: Batches, max_drop_pp: float | N
         UsageError: there is a gate, and nothing to judge it by.
     """
     try:
-        accuracy = accuracy_of([before, after], held_out)
+        accuracy = accuracy_of([before, after], held_out, gated=max_drop_pp is not None)
     except DataError as error:
         if max_drop_pp is not None:
             raise
@@ -96,7 +106,7 @@ def judge(before: Model, after: Model, held_out: Batches, max_drop_pp: float | N
                 hint="leave it out for other models",
             )
         return Judged(notes=("accuracy was not measured: the model has no output of class scores",))
-    gate = None if max_drop_pp is None else evaluate(parse_gate(f"top1.drop<={max_drop_pp:g}"), (), accuracy.rows, ())
+    gate = None if max_drop_pp is None else evaluate(drop_gate(max_drop_pp), (), accuracy.rows, ())
     notes = []
     top1 = accuracy.rows[0].paired
     if top1.high < 0:
@@ -107,9 +117,22 @@ def judge(before: Model, after: Model, held_out: Batches, max_drop_pp: float | N
     return Judged(accuracy.rows, gate, (*accuracy.notes, *notes))
 
 
-def accuracy_of(models: list[Model], batches: Batches) -> Accuracy:
-    """Accuracy of models on labelled samples, the first being the baseline."""
+def drop_gate(max_drop_pp: float) -> Gate:
+    """The gate of ``--max-drop``.
+
+    Raises:
+        UsageError: it is no number.
+    """
+    if not math.isfinite(max_drop_pp):
+        raise UsageError(
+            f"--max-drop {max_drop_pp}: not a number of percentage points", hint="for example --max-drop 0.5"
+        )
+    return parse_gate(f"top1.drop<={max_drop_pp:f}".rstrip("0").rstrip("."))
+
+
+def accuracy_of(models: list[Model], batches: Batches, *, gated: bool) -> Accuracy:
+    """Accuracy of models on labelled samples, the first being the baseline; for `gated` see :func:`bnctl.bench.accuracy.measure_accuracy`."""
     from bnctl.runtime import open_runner
 
     names = ["before", *("after" if len(models) == 2 else f"candidate {number}" for number in range(1, len(models)))]
-    return measure_accuracy(names, [open_runner(model) for model in models], batches)
+    return measure_accuracy(names, [open_runner(model) for model in models], batches, gated=gated)

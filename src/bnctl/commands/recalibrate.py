@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -15,7 +17,8 @@ from bnctl.commands.fold import Outcome
 from bnctl.commands.recalibration import Found, Place, Recalibration, on_engine
 from bnctl.commands.setup import Setup
 from bnctl.data.batches import as_batches, first_of
-from bnctl.errors import UsageError
+from bnctl.data.repeat import repeated
+from bnctl.errors import DataError, ModelError, UsageError
 from bnctl.models.save import Target
 from bnctl.recalibration.partial import Partial
 from bnctl.recalibration.workers import Alone, Workers
@@ -25,6 +28,12 @@ if TYPE_CHECKING:
     from bnctl.data.batches import Batch, Batches
     from bnctl.models.model import Model
     from bnctl.recalibration.statistics import SiteStatistics
+
+APART = 0.05
+"""Self-consistency beyond which a result is in doubt."""
+
+FAR = 5.0
+"""Mean drift of a layer, in nats, that is more than another day's data make."""
 
 FEW = 0.1
 """A mean that is known to so many standard deviations only is worth a word."""
@@ -51,6 +60,8 @@ def recalibrate_model(
     """
     started = time.perf_counter()
     how, place = how or Recalibration(), place or Place()
+    if how.max_drop_pp is not None:
+        guard.drop_gate(how.max_drop_pp)  # before any work is done
     needed = "--max-drop" if how.max_drop_pp is not None else "--prior auto" if how.prior == "auto" else None
     used, held_out = as_batches(batches), None
     if how.hold_out or needed:
@@ -66,7 +77,8 @@ def recalibrate_model(
         assert held_out is not None
         chosen_by, held_out = hold_out(held_out, 2)
         how, tried = _with_best_prior(model, used, chosen_by, how, place)
-    found = on_engine(model, used, how, place)
+    with _naming_what_is_held_out(held_out is not None):
+        found = on_engine(model, used, how, place)
     new = replace(model, native=found.native, program=None)
     judged = guard.Judged()
     if held_out is not None:
@@ -106,7 +118,7 @@ def run_recalibrate(word: str, target: Target, setup: Setup, how: Recalibration)
     with _workers() as workers:
         model = setup.open(word)
         target.check(model.kind)
-        batches = setup.batches()
+        batches = repeated(as_batches(setup.batches()), setup.seed)
         partial = Partial(_partial_path(target), _about(model, setup, how))
         device = setup.device if setup.device == "cpu" or workers.size == 1 else f"cuda:{_local_rank()}"
         place = Place(device, setup.threads, workers, partial, setup.progress)
@@ -133,7 +145,8 @@ def _with_best_prior(
         samples = found.samples
         accuracy = 0.0
         if place.workers.rank == 0:
-            rows = guard.accuracy_of([model, replace(model, native=found.native, program=None)], chosen_by).rows
+            candidate = replace(model, native=found.native, program=None)
+            rows = guard.accuracy_of([model, candidate], chosen_by, gated=True).rows
             if not rows:
                 raise UsageError(
                     "--prior auto: the model has no output of class scores, (N, classes)", hint="give a number"
@@ -149,6 +162,8 @@ def _notes(found: Found, how: Recalibration, judged: guard.Judged) -> Iterator[s
         yield "recalibration changes the function: check accuracy with bnctl bench before you ship it"
     if found.enough is False:
         yield f"the data were too few for --until {how.until:g}: the worst channel's mean is known to {found.standard_error:.3g} standard deviations"
+    elif found.enough is None and math.isinf(found.standard_error):
+        yield "a single sample says nothing about how well the means are known"
     elif found.enough is None and found.standard_error > FEW:
         yield (
             f"few data: the worst channel's mean is known to {found.standard_error:.2g} standard deviations; for {FEW:g} it takes about "
@@ -159,8 +174,42 @@ def _notes(found: Found, how: Recalibration, judged: guard.Judged) -> Iterator[s
     dead = sum(site.dead_channels for site in found.sites)
     if dead:
         yield f"{dead} channels do not vary at all on these data: their variance is 0, and eps alone keeps them finite"
+    if not any(site.action == "recalibrated" for site in found.sites):
+        yield "no layer was recalibrated: the reasons stand beside the layers"
+    yield from _doubts(found, how)
     if judged.gate is not None and not judged.passed:
         yield f"nothing was written: {judged.gate.detail}"
+
+
+def _doubts(found: Found, how: Recalibration) -> Iterator[str]:
+    """What drift and self-consistency say of the result, where there is nothing else to judge it by."""
+    done = [site for site in found.sites if site.action == "recalibrated"]
+    apart = max(done, key=lambda site: site.self_consistency or 0.0, default=None)
+    if apart is not None and (apart.self_consistency or 0.0) > APART and not how.prior and apart.code is None:
+        cause = {
+            "exact": "the model keeps something from call to call, or draws random numbers",
+            "batch": "with batches of this size, inference sees other statistics: use the exact method, or larger batches",
+            "ema": "averages of a few batches lag behind: use the exact method, or more batches",
+        }[how.method]
+        yield f"{apart.name} is off by {apart.self_consistency:.2g} from what inference sees (self-consistency): {cause}"
+    moved = max(
+        (site for site in done if site.drift), key=lambda site: site.drift.mean if site.drift else 0.0, default=None
+    )
+    if moved is not None and moved.drift is not None and moved.drift.mean > FAR:
+        yield f"the statistics of {moved.name} moved far (drift {moved.drift.mean:.2g} nats): are the data preprocessed as in training?"
+
+
+@contextmanager
+def _naming_what_is_held_out(held_out: bool) -> Iterator[None]:
+    """A model that takes batches of one size only fails where some samples of each are held out."""
+    try:
+        yield
+    except (DataError, ModelError) as error:
+        if held_out:
+            error.hint = f"{error.hint or ''}; batches lack the samples that are held out to judge the result (--hold-out 0: none)".lstrip(
+                "; "
+            )
+        raise
 
 
 @contextmanager
@@ -186,7 +235,12 @@ def _about(model: Model, setup: Setup, how: Recalibration) -> dict[str, Any]:
     """What decides on the result: a run goes on only from one on the same."""
     return {
         "model": model.sha256 or model.word,
+        "model arguments": dict(setup.model_args),
+        "factory": setup.factory,
+        "weights": _fingerprint(model),
         "data": setup.data,
+        "data file": _stamp(setup.data),
+        "inputs": [str(spec) for spec in setup.inputs],
         "preprocess": None if setup.preprocess is None else setup.preprocess.read_text(encoding="utf-8"),
         "batch size": setup.batch_size,
         "limit": setup.limit,
@@ -201,6 +255,30 @@ def _about(model: Model, setup: Setup, how: Recalibration) -> dict[str, Any]:
         "hold out": how.hold_out,
         "augment": how.augment,
     }
+
+
+def _fingerprint(model: Model) -> str | None:
+    """A digest of a torch model's parameters and buffers; an ONNX model has that of its file."""
+    if model.kind == "onnx":
+        return None
+    import torch
+
+    native: Any = model.native
+    digest = hashlib.sha256()
+    for name, value in native.state_dict().items():
+        digest.update(name.encode())
+        if isinstance(value, torch.Tensor):
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _stamp(word: str | None) -> str | None:
+    """Size and time of a file with data, which may be written anew under its name."""
+    path = None if word is None else Path(word)
+    if path is None or not path.is_file():
+        return None
+    status = path.stat()
+    return f"{status.st_size} bytes of {status.st_mtime_ns}"
 
 
 def _site(site: SiteStatistics) -> Site:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bnctl.data.batches import Batch, Batches
 from bnctl.errors import UsageError
@@ -14,9 +15,9 @@ from bnctl.errors import UsageError
 def hold_out(batches: Batches, one_in: int) -> tuple[Batches, Batches]:
     """Split data into samples to work with and samples to judge by.
 
-    Sample i of the data is held out if ``i % one_in == one_in - 1``, whatever the batch size. Each part can be read again and again, and counts
-    its own samples from 0. Batches keep their numbers; where nothing is left of one, its number is missing. With fewer than `one_in` samples,
-    none is held out.
+    Of every `one_in` samples in a row one is held out, drawn at random, but always the same, whatever the batch size: data may be sorted by class, or in
+    turns. Each part can be read again and again, and counts its own samples from 0. Batches keep their numbers; where nothing is left of one, its number
+    is missing.
 
     Args:
         batches: the data.
@@ -37,9 +38,22 @@ def _part(batches: Batches, one_in: int, *, held_out: bool) -> Batches:
     def read(first: int, step: int) -> Iterator[tuple[int, Batch]]:
         for index, batch in batches.every(first, step):
             numbers = np.arange(batch.start, batch.start + batch.size)
-            chosen = np.flatnonzero((numbers % one_in == one_in - 1) == held_out)
+            chosen = np.flatnonzero((numbers % one_in == _position(numbers // one_in, one_in)) == held_out)
             if len(chosen):
-                before = batch.start // one_in  # held-out samples in front of this batch
+                rows, rest = divmod(batch.start, one_in)
+                before = rows + int(
+                    _position(np.array([rows]), one_in)[0] < rest
+                )  # held-out samples in front of this batch
                 yield index, replace(batch.rows(chosen), start=before if held_out else batch.start - before)
 
-    return Batches(read)
+    return replace(batches, read=read)
+
+
+def _position(row: NDArray[np.int64], one_in: int) -> NDArray[np.int64]:
+    """Which of the `one_in` samples in a row is held out: the finaliser of SplitMix64 (Steele, Lea, Flood 2014), which scatters neighbours."""
+    with np.errstate(over="ignore"):
+        z = row.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z ^= z >> np.uint64(31)
+    return (z % np.uint64(one_in)).astype(np.int64)

@@ -35,7 +35,8 @@ class State:
         probe: the same of one batch in some.
         next_batch: number of the first batch that is not entered yet; 0 for the exact method.
         samples: how many came before it; for the exact method, all.
-        limit: only batches of a lower number are used; None for all.
+        count: how many batches are used, at least; None for all.
+        skipped: batches that were left out.
     """
 
     random_state: bytes
@@ -43,7 +44,8 @@ class State:
     probe: Mapping[str, Account] = field(default_factory=dict)
     next_batch: int = 0
     samples: int = 0
-    limit: int | None = None
+    count: int | None = None
+    skipped: frozenset[int] = frozenset()
 
 
 class Partial:
@@ -58,6 +60,10 @@ class Partial:
     def __init__(
         self, path: Path | None = None, about: Mapping[str, Any] | None = None, *, every_s: float = EVERY_S
     ) -> None:
+        if path is not None and path.is_dir():
+            raise UsageError(
+                f"{path} is a folder, and what is known is to be kept there", hint="move it away, or give another -o"
+            )
         self.path = path
         self._about = json.loads(json.dumps(dict(about or {})))
         self._every_s = every_s
@@ -83,7 +89,13 @@ class Partial:
                 for part in ("accounts", "probe")
             )
             state = State(
-                arrays["random_state"].tobytes(), accounts, probe, head["next_batch"], head["samples"], head["limit"]
+                arrays["random_state"].tobytes(),
+                accounts,
+                probe,
+                head["next_batch"],
+                head["samples"],
+                head["count"],
+                frozenset(head["skipped"]),
             )
         except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
             raise DataError(
@@ -108,7 +120,13 @@ class Partial:
         state, self._unwritten = self._unwritten, None
         if self.path is None or state is None:
             return
-        head = {"about": self._about, "next_batch": state.next_batch, "samples": state.samples, "limit": state.limit}
+        head = {
+            "about": self._about,
+            "next_batch": state.next_batch,
+            "samples": state.samples,
+            "count": state.count,
+            "skipped": sorted(state.skipped),
+        }
         arrays: dict[str, Any] = {"random_state": np.frombuffer(state.random_state, dtype=np.uint8)}
         for part, accounts in (("accounts", state.accounts), ("probe", state.probe)):
             head[part] = [_entry(account) for account in accounts.values()]

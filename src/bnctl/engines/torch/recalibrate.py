@@ -22,7 +22,7 @@ from bnctl.engines.torch.recalibration.run import Found, Method, Run, with_value
 from bnctl.engines.torch.recalibration.sites import SiteTable, frozen_on_purpose
 from bnctl.engines.torch.recalibration.twins import copied
 from bnctl.engines.torch.recalibration.workbench import Workbench
-from bnctl.errors import UsageError
+from bnctl.errors import ModelError, UsageError
 from bnctl.recalibration.book import Book
 from bnctl.recalibration.partial import Partial
 from bnctl.recalibration.statistics import NOT_CONVERGED, SiteStatistics, count_dead, discrepancy, drift
@@ -171,6 +171,11 @@ def _check(method: str, prior: float, until: float | None) -> None:
 def _bench(
     model: nn.Module, batches: Batches, selection: Selection, device: str, *, hands: int, **how: Any
 ) -> Workbench:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError(
+            f"{type(model).__name__} is TorchScript, whose layers cannot be told apart from outside",
+            hint="recalibrate the module that it was made of, or an export of it by torch.export",
+        )
     work = copied(model)
     for module in work.modules():
         # not eval(): exported graphs refuse it, and models override train() to keep layers in train mode
@@ -225,7 +230,7 @@ def _report(bench: Workbench, found: Found) -> list[SiteStatistics]:
 
 @contextmanager
 def _keeping_random_state(device: str) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[device] if device.startswith("cuda") else []):
+    with torch.random.fork_rng(devices=[device] if device.startswith("cuda") and torch.cuda.is_available() else []):
         yield
 
 

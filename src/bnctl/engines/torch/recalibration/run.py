@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -78,6 +79,7 @@ class Run:
     bench: Workbench
     memory_bytes: int | None
     partial: Partial
+    _count: int | None = None
 
     def until(self, tolerance: float | None, *, resume: bool) -> tuple[Found, bool | None]:
         """Recalibrate on as many batches as it takes, and whether they were enough."""
@@ -85,20 +87,21 @@ class Run:
         state = bench.workers.share(
             self.partial.read() if resume and not bench.workers.rank else None, lambda found: found[0]
         )
-        limit = None if tolerance is None else self._pilot()
+        count = None if tolerance is None else self._pilot()
         if state is not None:
             bench.random_state = torch.frombuffer(bytearray(state.random_state), dtype=torch.uint8)
-            limit = state.limit
+            count = state.count
         while True:
-            bench.start_over(limit)
+            bench.start_over(count)
+            self._count = count
             found = self._once(state)
             if tolerance is None:
                 return found, None
             error = found.standard_error()
-            if error <= tolerance or limit is None or bench.workers.share(bench.exhausted, all):
+            if error <= tolerance or count is None or (bench.stride == 1 and not bench.workers.share(bench.cut, any)):
                 return found, error <= tolerance
             growth = min((error / tolerance) ** 2 * 1.1, 16.0)
-            state, limit = None, max(limit + 1, math.ceil(limit * growth))
+            state, count = None, max(count + 1, math.ceil(count * growth))
 
     def _pilot(self) -> int:
         return max(2, -(-PILOT_SAMPLES // first_of(self.bench.batches).size))
@@ -111,10 +114,13 @@ class Run:
         if state is not None:
             book.accounts |= state.accounts
             probe.accounts |= state.probe
+            bench.skipped |= state.skipped
 
         def enter(first: int, samples: int) -> None:
             book.enter(bench.workers)
             probe.enter(bench.workers)
+            if bench.skip_bad:
+                bench.skipped |= bench.workers.share(bench.skipped, lambda of_workers: set().union(*of_workers))
             self._keep(book.accounts, probe.accounts, first, samples)
 
         pass_with_own_batches(
@@ -129,6 +135,8 @@ class Run:
     def _exact(self, state: State | None) -> Found:
         bench, settled = self.bench, Settled()
         round_ = self._round()
+        if state is not None:
+            bench.samples = state.samples
         bench.keep = lambda: self._keep(settled, {}, 0, bench.samples or 0)
         for account in () if state is None else state.accounts.values():
             settle(bench, account, settled)
@@ -140,7 +148,8 @@ class Run:
         bench = self.bench
         budget = self.memory_bytes
         if budget is None:
-            budget = int(available_bytes(bench.device) * DEFAULT_SHARE)
+            beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if bench.workers.size > 1 else 1
+            budget = int(available_bytes(bench.device) * DEFAULT_SHARE / beside)
         feeds: list[Feed] = []
         per_sample, samples, fits = 0.0, 0, True
         for feed in bench.feeds():
@@ -168,7 +177,17 @@ class Run:
     ) -> None:
         if self.bench.workers.rank == 0:
             random_state = self.bench.random_state.numpy().tobytes()
-            self.partial.keep(State(random_state, dict(accounts), dict(probe), next_batch, samples, self.bench.limit))
+            self.partial.keep(
+                State(
+                    random_state,
+                    dict(accounts),
+                    dict(probe),
+                    next_batch,
+                    samples,
+                    self._count,
+                    frozenset(self.bench.skipped),
+                )
+            )
 
 
 def _check_sites(bench: Workbench, selection: Selection) -> None:

@@ -60,7 +60,7 @@ def each_batch(
 
     while bench.workers.share(ahead is not None, any):
         sizes: list[int] = []
-        first += step * STRIDE * bench.workers.size
+        first += step * bench.stride * STRIDE * bench.workers.size
         for feed in bench.crew.each(handle, below(first)):
             sizes.append(feed.size)
             bench.progress(what, done + len(sizes), bench.total(step))
@@ -104,7 +104,7 @@ def pass_with_own_batches(
 
     def normalise(visit: Visit) -> Any:
         seen, index = visit.look(), visit.feed.index
-        for one in (book, probe) if index % PROBE == 0 else (book,):
+        for one in (book, probe) if index % (PROBE * bench.stride) == 0 else (book,):
             one.note(visit.site, (index, visit.step), seen)
         return _normalised(visit, seen)
 

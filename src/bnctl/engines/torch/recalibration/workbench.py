@@ -107,9 +107,10 @@ class Workbench:
         prior: weight of the old statistics, in samples.
         autocast: type in which operators run that do not mind; None: as the model is.
         skip_bad: leave out batches that hold NaN or infinity, instead of an error.
-        limit: only batches of an index below.
+        limit: only batches of an index below; for data of unknown length.
+        stride: only one batch of so many.
         samples: of all workers in a whole pass, once that is known.
-        exhausted: whether this worker's last whole pass met the end of the data, and not the limit.
+        cut: whether this worker met the limit before the end of the data.
         skipped: batches that this worker left out.
         keep: called whenever a site was settled.
     """
@@ -125,8 +126,9 @@ class Workbench:
     autocast: torch.dtype | None = None
     skip_bad: bool = False
     limit: int | None = None
+    stride: int = 1
     samples: int | None = None
-    exhausted: bool = False
+    cut: bool = False
     skipped: set[int] = field(default_factory=set)
     keep: Callable[[], None] = _nothing
     random_state: torch.Tensor = field(default_factory=torch.get_rng_state)
@@ -144,9 +146,10 @@ class Workbench:
             DataError: a value is NaN or infinite.
         """
         torch.set_rng_state(self.random_state)
+        step *= self.stride
         for index, batch in self.batches.every(first + step * self.workers.rank, step * self.workers.size):
             if self.limit is not None and index >= self.limit:
-                self.exhausted = self.exhausted and step > 1
+                self.cut = True
                 return
             feed = self.feed(index, batch)
             if all(torch.isfinite(tensor).all() for tensor in feed.tensors()):
@@ -158,7 +161,6 @@ class Workbench:
                     f"batch {index} holds NaN or infinity",
                     hint="statistics of it would be NaN, too: clean the data, or leave such batches out with --on-bad-batch skip",
                 )
-        self.exhausted = self.exhausted or step == 1
 
     def feed(self, index: int, batch: Batch) -> Feed:
         """A batch as tensors."""
@@ -184,12 +186,17 @@ class Workbench:
         """Batches of all workers in a pass, where that is known."""
         if not isinstance(self.batches, CountedBatches):
             return self.limit
-        count = len(self.batches) if self.limit is None else min(self.limit, len(self.batches))
-        return -(-count // step)
+        return -(-len(self.batches) // (step * self.stride))
 
-    def start_over(self, limit: int | None) -> None:
-        """The statistics as they were at the beginning, and another number of batches."""
-        self.limit, self.samples, self.keep = limit, None, _nothing
+    def start_over(self, count: int | None) -> None:
+        """The statistics as they were at the beginning, and another number of batches, at least: evenly spaced ones, since data are often sorted; of data
+        of unknown length, the first ones.
+        """
+        self.limit, self.stride, self.cut, self.samples, self.keep = None, 1, False, None, _nothing
+        if isinstance(self.batches, CountedBatches):
+            self.stride = 1 if count is None else max(1, len(self.batches) // count)
+        else:
+            self.limit = count
         self.skipped.clear()
         for site in self.sites.met():
             self._write(site, site.before)
@@ -212,12 +219,14 @@ class Workbench:
             # in training the operator would also write to the statistics, which the other passes rely on
             return call.with_own_statistics() if call.training else None
 
+        # a model may write into its input, and the batch is run again
+        args, kwargs = tree_map_only(torch.Tensor, torch.clone, (feed.args, feed.kwargs))
         try:
             with self.twins.one() as model, ExitStack() as stack:
                 if self.autocast is not None:
                     stack.enter_context(torch.autocast(self.device.type, self.autocast))
                 stack.enter_context(inference(*modes, intercepting(on_norm)))
-                model(*feed.args, **feed.kwargs)
+                model(*args, **kwargs)
         except BnctlError:
             raise
         except Exception as error:
