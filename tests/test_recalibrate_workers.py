@@ -116,7 +116,7 @@ HOW = {
     "batch": {"options": {"method": "batch"}},
     "ema": {"options": {"method": "ema"}},
     "prior": {"options": {"prior": 20}},
-    "until": {"options": {"until": 0.058}},
+    "until": {"options": {"until": 0.1}},
 }
 
 
