@@ -35,7 +35,7 @@ def test_one_of_so_many_in_a_row_is_held_out_at_random_places():
         rows = [i // one_in for i in sorted(held)]
         assert rows[: 1000 // one_in] == list(range(1000 // one_in))
         places = np.bincount([i % one_in for i in held], minlength=one_in) * one_in / len(held)
-        assert (places > 0.6).all() and (places < 1.7).all()
+        assert (places > 0.4).all() and (places < 1.7).all()
 
 
 def test_data_in_turns_are_judged_by_all_their_classes():
