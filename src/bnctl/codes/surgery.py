@@ -36,7 +36,8 @@ RECALIBRATE = (
          "The globs given with --where and --skip leave this layer out; its statistics stay as they were.",
          "Nothing is wrong. bnctl inspect lists the names of all layers."),
     Code("BN302", "never reached",
-         "No batch led to a normalisation that reads these statistics, or all that came there were empty.",
+         "No batch led to a normalisation that reads these very statistics, or all that came there were empty. It may also be that the model computes the "
+         "normalisation by hand, in a thread of its own, or from a copy of the statistics.",
          "Calibrate with data that reach this layer. Operators inside torch.compile cannot be seen: recalibrate before compiling."),
     Code("BN303", "statistics are frozen on purpose",
          "They are constants by the model's own word: a FrozenBatchNorm, momentum 0, or a layer in eval mode inside a model in train mode.",
