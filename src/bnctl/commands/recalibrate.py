@@ -128,7 +128,6 @@ def run_recalibrate(word: str, target: Target, setup: Setup, how: Recalibration)
             report = replace(report, output=target.save(outcome.model, first_of(batches)))
         if workers.rank == 0:
             partial.remove()
-        workers.share(None, len)  # nobody ends before the file is there
     return replace(report, elapsed_s=time.perf_counter() - started)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from bnctl.commands.setup import Progress, no_progress
 from bnctl.errors import UsageError
+from bnctl.recalibration.method import Method
 from bnctl.recalibration.partial import Partial
 from bnctl.recalibration.workers import Alone, Workers
 from bnctl.selection import Selection
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
     from bnctl.data.batches import Batches
     from bnctl.models.model import Model
     from bnctl.recalibration.statistics import SiteStatistics
-
-Method = Literal["exact", "batch", "ema"]
 
 
 @dataclass(frozen=True)

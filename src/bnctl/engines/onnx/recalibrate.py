@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
@@ -17,9 +16,9 @@ from bnctl.engines.onnx.recalibration.rewire import store
 from bnctl.engines.onnx.recalibration.schedules import Account, batch_by_batch, level_by_level
 from bnctl.engines.onnx.recalibration.sites import Arrays, Site
 from bnctl.engines.onnx.recalibration.workbench import Workbench
-from bnctl.errors import DataError, ModelError, UsageError
 from bnctl.recalibration.estimate import with_prior
 from bnctl.recalibration.memory import DEFAULT_SHARE, available_bytes
+from bnctl.recalibration.method import Method, check_method, one_value, without_sites
 from bnctl.recalibration.seen import Seen
 from bnctl.recalibration.statistics import (
     NEVER_REACHED,
@@ -34,8 +33,6 @@ from bnctl.selection import Selection
 
 if TYPE_CHECKING:
     from bnctl.data.batches import Batch
-
-Method = Literal["exact", "batch", "ema"]
 
 
 def recalibrate(
@@ -90,7 +87,7 @@ def recalibrate(
         ModelError: the model has no normalisation whose statistics can be told, or cannot store the new ones.
         UsageError: the method or a glob is none, or the prior is off.
     """
-    _check(method, prior)
+    check_method(method, prior)
     selection = Selection(where, skip)
     lifted = lift(model)
     found = find_sites(lifted)
@@ -130,36 +127,17 @@ def recalibrate(
     return editor.model, report, bench.samples or 0
 
 
-def _check(method: str, prior: float) -> None:
-    if method not in get_args(Method):
-        raise UsageError(
-            f"no such method of recalibration: {method!r}", hint=f"the methods are {', '.join(get_args(Method))}"
-        )
-    if not (math.isfinite(prior) and prior >= 0):
-        raise UsageError(f"the prior is {prior}", hint="it is a number of samples, 0 or more")
-    if prior and method == "ema":
-        raise UsageError(
-            "a moving average has no prior: it starts from the old statistics", hint="use the method exact or batch"
-        )
-
-
 def _check_sites(found: Mapping[str, Site | Obstacle], name: str) -> None:
     """Refuse a model that has been folded: what may be left of a normalisation is no site."""
     merged = [site for site in found.values() if isinstance(site, Obstacle) and site.code == MERGED]
     if len(merged) == len(found):
         also = f": in {len(merged)} affines per channel, they may be merged with gamma and beta ({MERGED})"
-        raise ModelError(
-            f"{name} has no normalisation with running statistics{also if merged else ''}",
-            hint="if it was folded, recalibrate the model from before; else insert normalisation first (bnctl insert)",
-        )
+        raise without_sites(name, also if merged else "")
 
 
 def _own_statistics(site: Site, index: int, seen: Seen) -> Arrays:
     if seen.values.count == 1:
-        raise DataError(
-            f"batch {index}: {site.name} sees one value per channel, which has no variance",
-            hint="use the exact method, which pools all batches, or a larger batch size",
-        )
+        raise one_value(index, site.name)
     return site.encode((seen.values.mean, seen.values.variance()) if seen.values.count else site.before)
 
 

@@ -12,18 +12,19 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from bnctl.data.batches import Batches, as_batches
-from bnctl.engines.torch.recalibration.run import Found, Method, Run, with_values
+from bnctl.engines.torch.recalibration.run import Found, Run, with_values
 from bnctl.engines.torch.recalibration.sites import SiteTable, frozen_on_purpose
 from bnctl.engines.torch.recalibration.twins import copied
 from bnctl.engines.torch.recalibration.workbench import Workbench
 from bnctl.errors import ModelError, UsageError
 from bnctl.recalibration.book import Book
+from bnctl.recalibration.method import Method, check_method
 from bnctl.recalibration.partial import Partial
 from bnctl.recalibration.statistics import NOT_CONVERGED, SiteStatistics, count_dead, discrepancy, drift
 from bnctl.recalibration.workers import Alone, Workers
@@ -154,16 +155,7 @@ def recalibrate(
 
 
 def _check(method: str, prior: float, until: float | None) -> None:
-    if method not in get_args(Method):
-        raise UsageError(
-            f"no such method of recalibration: {method!r}", hint=f"the methods are {', '.join(get_args(Method))}"
-        )
-    if not (math.isfinite(prior) and prior >= 0):
-        raise UsageError(f"the prior is {prior}", hint="it is a number of samples, 0 or more")
-    if prior and method == "ema":
-        raise UsageError(
-            "a moving average has no prior: it starts from the old statistics", hint="use the method exact or batch"
-        )
+    check_method(method, prior)
     if until is not None and not 0 < until < math.inf:
         raise UsageError(f"the tolerance of the means is {until}", hint="it is a positive number, such as 0.01")
 

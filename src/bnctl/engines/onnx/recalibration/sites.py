@@ -11,7 +11,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from bnctl.engines.onnx.translated import Place
-from bnctl.errors import ModelError
+from bnctl.recalibration.method import does_not_fit
 
 if TYPE_CHECKING:
     from bnctl.recalibration.estimate import Statistics
@@ -22,7 +22,7 @@ Arrays = dict[Role, NDArray[Any]]
 """The statistics of a site as its model stores them."""
 
 Form = Literal["variance", "deviation"]
-"""What is stored of the variance: itself, ``sqrt(var + eps)``, or ``1/sqrt(var + eps)``."""
+"""What is stored of the variance: itself, or ``sqrt(var + eps)``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,10 +85,7 @@ class Site:
             arrays = {"mean": self._cast("mean", mean), "var": self._cast("var", spread)}
         for array in arrays.values():
             if not np.isfinite(array.astype(np.float64)).all():
-                raise ModelError(
-                    f"{self.name}: the new statistics do not fit {array.dtype}",
-                    hint="keep the normalisation layers in float32, or look for an exploding activation before them",
-                )
+                raise does_not_fit(self.name, str(array.dtype))
         return arrays  # type: ignore[return-value]
 
     def decode(self, arrays: Arrays) -> Statistics:

@@ -16,6 +16,7 @@ from bnctl.engines.onnx.recalibration.network import Network
 from bnctl.engines.onnx.recalibration.sites import Arrays, Site
 from bnctl.engines.onnx.shapes import dtype_name
 from bnctl.errors import DataError, InputError, ModelError
+from bnctl.recalibration.method import check_pass, not_finite
 from bnctl.recalibration.seen import Seen
 from bnctl.runtime.feeds import InputSpec, dtype_of, match_inputs
 from bnctl.runtime.ort import OrtRunner, from_array, view
@@ -77,7 +78,7 @@ class Workbench:
             DataError: there are no data, other data than last time, a value is NaN or infinite, or the model does not take it.
         """
         specs = [_spec(value) for value in self.network.inputs]
-        samples, index = 0, -1
+        samples = 0
         for index, batch in enumerate(self.batches):
             try:
                 arrays = match_inputs(batch, specs, (), self.name)
@@ -91,13 +92,7 @@ class Workbench:
                     )
             samples += batch.size
             yield Feed(index, {name: from_array(array) for name, array in arrays.items()})
-        if index < 0:
-            raise DataError("the data hold no batch", hint="check the data; a generator can be gone through only once")
-        if self.samples is not None and samples != self.samples:
-            raise DataError(
-                f"the data held {self.samples} samples in the first pass and {samples} in a later one",
-                hint="give something that can be iterated again with the same result, such as a list",
-            )
+        check_pass(samples, self.samples)
         self.samples = samples
 
     def seen_by(self, site: Site, feed: Feed) -> Seen:
@@ -112,10 +107,7 @@ class Workbench:
         self.resolution[site] = float(ml_dtypes.finfo(ir.DataType(value.element_type()).numpy()).eps)  # type: ignore[no-untyped-call]
         seen = activation_seen(x, site.axis)
         if not (np.isfinite(seen.values.mean).all() and np.isfinite(seen.values.m2).all()):
-            raise DataError(
-                f"batch {feed.index}: the input of {site.name} holds NaN or infinity",
-                hint="the batch itself is finite: an operator before this layer overflows; look at the preprocessing, and at the layers before",
-            )
+            raise not_finite(feed.index, site.name)
         return seen
 
     def inputs_of(self, site: Site, arrays: Arrays) -> dict[str, onnxruntime.OrtValue]:

@@ -118,7 +118,7 @@ def joined(environment: Mapping[str, str] = os.environ) -> Iterator[Workers]:
     group = Group(torch.distributed.get_rank(), torch.distributed.get_world_size(), None)
     try:
         yield group
-        group.share(None, len)  # all have come to the end
+        group.share(None, len)  # nobody ends before all have: worker 0 writes the result
     except BaseException as error:
         if group.rank == 0 or not isinstance(error, WorkerError):
             group.fail(error)

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,15 +27,14 @@ from bnctl.engines.torch.recalibration.schedules import (
     solve,
 )
 from bnctl.engines.torch.recalibration.workbench import Feed, Visit, Workbench
-from bnctl.errors import DataError, ModelError
+from bnctl.errors import DataError
 from bnctl.recalibration.book import Account, Book
+from bnctl.recalibration.method import Method, without_sites
 from bnctl.recalibration.partial import Partial, State
 from bnctl.selection import Selection
 
 if TYPE_CHECKING:
     from bnctl.recalibration.estimate import Statistics
-
-Method = Literal["exact", "batch", "ema"]
 
 MAX_STRANDS = 512
 """Most batches that are run in lockstep: each is a thread, and systems limit their number."""
@@ -196,10 +195,7 @@ def _check_sites(bench: Workbench, selection: Selection) -> None:
         bench.sites.names(), lambda of_workers: [name for names in of_workers for name in names]
     )
     if not names:
-        raise ModelError(
-            f"{type(bench.model).__name__} has no normalisation with running statistics",
-            hint="if it was folded, recalibrate the model from before; else insert normalisation first (bnctl insert)",
-        )
+        raise without_sites(type(bench.model).__name__)
     selection.check(names)
 
 

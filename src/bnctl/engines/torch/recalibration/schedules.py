@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from bnctl.engines.torch.recalibration.workbench import Feed, Visit, Workbench
-from bnctl.errors import DataError
 from bnctl.recalibration.book import Account, Book
+from bnctl.recalibration.method import one_value
 from bnctl.recalibration.seen import Seen
 
 Settled = dict[str, Account]
@@ -118,10 +118,7 @@ def pass_with_own_batches(
 def _normalised(visit: Visit, seen: Seen) -> Any:
     """What the layer returns in training. The moments are known already: the operator is spared from taking them again."""
     if seen.values.count == 1:
-        raise DataError(
-            f"batch {visit.feed.index}: {visit.site.name} sees one value per channel, which has no variance",
-            hint="use the exact method, which pools all batches, or a larger batch size",
-        )
+        raise one_value(visit.feed.index, visit.site.name)
     if not seen.values.count:
         return None
     if visit.call.per_instance:

@@ -19,9 +19,10 @@ from bnctl.engines.torch.recalibration.operators import NormCall, inference, int
 from bnctl.engines.torch.recalibration.sites import SiteTable, wide
 from bnctl.engines.torch.recalibration.strand import Crew
 from bnctl.engines.torch.recalibration.twins import Twins
-from bnctl.errors import BnctlError, DataError, ModelError
+from bnctl.errors import BnctlError, DataError
 from bnctl.recalibration.book import Account
 from bnctl.recalibration.estimate import with_prior
+from bnctl.recalibration.method import check_pass, does_not_fit, not_finite
 from bnctl.recalibration.seen import Seen
 from bnctl.recalibration.site import Site
 from bnctl.recalibration.statistics import discrepancy
@@ -59,7 +60,7 @@ class Visit:
 
     Args:
         feed: the batch.
-        step: how many sites its forward pass has come to before.
+        step: the number of the call in its forward pass, from 1.
         site: which.
         call: what the operator was given.
     """
@@ -77,10 +78,7 @@ class Visit:
         """
         seen = activation_seen(self.call.x, per_instance=self.call.per_instance)
         if not (np.isfinite(seen.values.mean).all() and np.isfinite(seen.values.m2).all()):
-            raise DataError(
-                f"batch {self.feed.index}: the input of {self.site.name} holds NaN or infinity",
-                hint="the batch itself is finite: an operator before this layer overflows; try float32, or check the preprocessing",
-            )
+            raise not_finite(self.feed.index, self.site.name)
         return seen
 
 
@@ -173,13 +171,7 @@ class Workbench:
         Raises:
             DataError: these are none, or not as many as last time.
         """
-        if not samples:
-            raise DataError("the data hold no batch", hint="check the data; a generator can be gone through only once")
-        if self.samples not in (None, samples):
-            raise DataError(
-                f"the data held {self.samples} samples in the first pass and {samples} in a later one",
-                hint="give something that can be iterated again with the same result, such as a list or a DataLoader",
-            )
+        check_pass(samples, self.samples)
         self.samples = samples
 
     def total(self, step: int = 1) -> int | None:
@@ -252,10 +244,7 @@ class Workbench:
         """
         for tensor, value in zip(self.sites.tensors(site), self._cast(site, statistics), strict=True):
             if not torch.isfinite(value).all():
-                raise ModelError(
-                    f"{site.name}: the new statistics do not fit {str(tensor.dtype).removeprefix('torch.')}",
-                    hint="keep the normalisation layers in float32, or look for an exploding activation before them",
-                )
+                raise does_not_fit(site.name, str(tensor.dtype).removeprefix("torch."))
         self._write(site, statistics)
 
     def agrees(self, site: Site, statistics: Statistics, tolerance: float) -> bool:
