@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from fractions import Fraction
+from functools import reduce
 from itertools import pairwise
 
 import ml_dtypes
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from bnctl.engines.torch.recalibration.activations import activation_seen
-from bnctl.numerics.moments import Moments, merge_all
+from bnctl.numerics.moments import Moments
 
 VALUES = st.floats(-1e3, 1e3, width=32)
 
@@ -23,6 +25,10 @@ def assert_same(a: Moments, b: Moments, *, rtol: float = 1e-9, atol: float = 1e-
     assert a.count == b.count
     np.testing.assert_allclose(a.mean, b.mean, rtol=rtol, atol=atol)
     np.testing.assert_allclose(a.m2, b.m2, rtol=rtol, atol=atol)
+
+
+def merge_all(parts: Iterable[Moments]) -> Moments:
+    return reduce(Moments.merge, parts)
 
 
 def exact(column: np.ndarray) -> tuple[float, float]:

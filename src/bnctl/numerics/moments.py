@@ -6,14 +6,11 @@ Source: Chan, Golub, LeVeque, "Algorithms for computing the sample variance", Th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from numpy.typing import NDArray
 
     Vector = NDArray[np.float64]
@@ -81,12 +78,3 @@ class Moments:
     def statistics(self) -> tuple[Vector, Vector]:
         """Mean and population variance."""
         return self.mean, self.variance()
-
-
-def merge_all(parts: Iterable[Moments], *, between: bool = True) -> Moments:
-    """All parts merged from left to right: the order is the caller's, and so the last bit is too.
-
-    Raises:
-        TypeError: there is no part.
-    """
-    return reduce(lambda a, b: a.merge(b, between=between), parts)

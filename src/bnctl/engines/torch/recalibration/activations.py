@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from bnctl.numerics.moments import Moments, merge_all
+from bnctl.numerics.moments import Moments
 from bnctl.recalibration.seen import Seen
 
-CHUNK_ELEMENTS = 1 << 18
-"""Values that are widened to float64 at a time: 2 MB, so a chunk stays in a cache."""
+CHUNK_ELEMENTS = 1 << 19
+"""Values that are widened to float64 at a time: 4 MB, so a chunk stays in a cache."""
 
 CHUNK_ELEMENTS_CUDA = 1 << 26
 """The same on a GPU, where each chunk costs the start of some kernels: 512 MB."""
@@ -18,62 +18,44 @@ CHUNK_ELEMENTS_CUDA = 1 << 26
 def activation_seen(x: torch.Tensor, *, per_instance: bool = False, chunk_elements: int | None = None) -> Seen:
     """Moments per channel of an activation, over samples and positions, and those of the samples' means.
 
-    With the mean p of the first sample as a pivot, over all n values ``d = x - p``: ``mean = p + sum(d)/n`` and
-    ``m2 = sum(d**2) - sum(d)**2/n``. The difference cannot cancel more than ``(mean - p)**2 / var <= N``, since the first
-    sample's mean is off by that much at most: with N samples, log2(N) of 53 bits. (With p = 0, which is E[x^2] - E[x]^2,
-    there is no such bound.)
+    Each channel of each sample is a group of P values, for which, in two passes, ``mean_n = sum(x)/P`` and ``m2_n = sum((x - mean_n)**2)``. The groups
+    are merged as Chan et al. 1983 do, all at once: ``mean = sum(mean_n)/N`` and ``m2 = sum(m2_n) + P*sum((mean_n - mean)**2)``. Nothing
+    cancels, and what a sample contributes does not depend on who else is in its batch.
 
     Args:
         x: (N, C, ...), floating point.
-        per_instance: the moments that instance normalisation averages: of each sample on its own, the mean over samples
-            of their means and of their variances.
+        per_instance: the moments that instance normalisation averages: variances within samples only, without the second term of ``m2``.
         chunk_elements: upper bound of what is held in float64, as far as one channel of one sample allows.
     """
     samples, channels = x.shape[:2]
-    if chunk_elements is None:
-        chunk_elements = CHUNK_ELEMENTS_CUDA if x.is_cuda else CHUNK_ELEMENTS
-    if per_instance:
-        alone = activation_seen(x.reshape(1, samples * channels, *x.shape[2:]), chunk_elements=chunk_elements).values
-        rows = list(zip(alone.mean.reshape(samples, channels), alone.m2.reshape(samples, channels), strict=True))
-        nothing = Moments(0, np.zeros(channels), np.zeros(channels))
-        values = merge_all([nothing, *(Moments(alone.count, *row) for row in rows)], between=False)
-        return Seen(values, merge_all([nothing, *(Moments(1, mean, np.zeros(channels)) for mean, _ in rows)]))
     positions = x[:1, :1].numel() if x.numel() else 0
-    count = samples * positions
-    if not count:
+    if not samples * positions:
         nothing = Moments(0, np.zeros(channels), np.zeros(channels))
         return Seen(nothing, nothing)
-    x = x.detach()
-    pivot = x[0].reshape(channels, positions).to(torch.float64).mean(1)
-    of_samples, squares = _sums(x, pivot, positions, chunk_elements)
-    total = of_samples.sum(0)
-    means = of_samples / positions
-    summed = torch.stack([pivot, total, squares, means.sum(0), means.square().sum(0)])
-    p, total_, squares_, means_, square_means = summed.cpu().numpy()
-    return Seen(_shifted(count, p, total_, squares_), _shifted(samples, p, means_, square_means))
+    if chunk_elements is None:
+        chunk_elements = CHUNK_ELEMENTS_CUDA if x.is_cuda else CHUNK_ELEMENTS
+    means, within = _of_groups(x.detach(), positions, chunk_elements)
+    mean = means.mean(0)
+    mean, m2_within, m2_between = torch.stack([mean, within, (means - mean).square_().sum(0)]).cpu().numpy()
+    m2 = m2_within if per_instance else m2_within + positions * m2_between
+    return Seen(Moments(samples * positions, mean, m2), Moments(samples, mean, m2_between))
 
 
-def _sums(x: torch.Tensor, pivot: torch.Tensor, positions: int, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums of ``x - pivot`` per sample and channel, (N, C), and of its square per channel, (C,), in float64."""
+def _of_groups(x: torch.Tensor, positions: int, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean of each channel of each sample, (N, C), and the sum of the squares around these per channel, (C,), in float64."""
     samples, channels = x.shape[:2]
-    by_samples = max(1, chunk // (channels * positions))
+    if positions == 1:
+        return x.reshape(samples, channels).to(torch.float64), x.new_zeros(channels, dtype=torch.float64)
+    by_samples = min(samples, max(1, chunk // (channels * positions)))
     by_channels = channels if by_samples > 1 else min(channels, max(1, chunk // positions))
-    sums = x.new_empty((samples, channels), dtype=torch.float64)
-    squares = torch.zeros_like(pivot)
-    buffer = x.new_empty(min(by_samples, samples) * by_channels * positions, dtype=torch.float64)
+    means, squares = x.new_empty((2, samples, channels, 1), dtype=torch.float64)
+    buffer = x.new_empty(by_samples * by_channels * positions, dtype=torch.float64)
     for n in range(0, samples, by_samples):
         for c in range(0, channels, by_channels):
-            block = x[n : n + by_samples, c : c + by_channels]
-            here = slice(c, c + block.shape[1])
-            wide = buffer[: block.numel()].view(block.shape)
-            wide.copy_(block)
-            wide = wide.view(*block.shape[:2], positions)
-            wide -= pivot[here, None]
-            sums[n : n + by_samples, here] = wide.sum(2)
-            squares[here] += wide.square_().sum((0, 2))
-    return sums, squares
-
-
-def _shifted(count: int, pivot: np.ndarray, total: np.ndarray, squares: np.ndarray) -> Moments:
-    """Moments from sums of deviations from a pivot; rounding may not make a sum of squares negative."""
-    return Moments(count, pivot + total / count, np.maximum(squares - total * total / count, 0.0))
+            here = slice(n, n + by_samples), slice(c, c + by_channels)
+            block = x[here]
+            wide = buffer[: block.numel()].view(*block.shape[:2], positions)
+            wide.view_as(block).copy_(block)
+            wide -= torch.mean(wide, 2, keepdim=True, out=means[here])
+            torch.sum(wide.square_(), 2, keepdim=True, out=squares[here])
+    return means[..., 0], squares.sum((0, 2))
