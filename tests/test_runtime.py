@@ -18,6 +18,7 @@ from bnctl.data.batches import Batch
 from bnctl.errors import ModelError, UsageError
 from bnctl.models import Model
 from bnctl.runtime import Trace, first_divergence, onnx_source, open_runner
+from bnctl.runtime.ahead import Ahead
 from bnctl.runtime.ort import OrtRunner
 from bnctl.runtime.torch import TorchRunner, evaluating, named_values
 
@@ -40,7 +41,72 @@ X = np.array([[1.0, 2.0], [-3.0, -4.0]], np.float32)
 Y = np.array([[1.0, 0.0], [0.0, 4.0]], np.float32)
 
 
+class Counting:
+    """A runner that notes on what it was run."""
+
+    def __init__(self) -> None:
+        self.runner, self.seen = OrtRunner(ir.from_proto(linear_onnx())), []
+
+    def run(self, given: Batch) -> dict[str, np.ndarray]:
+        self.seen.append(given)
+        return self.runner.run(given)
+
+    def observe(self, given: Batch, layers: Any) -> Any:
+        self.seen.append((given, tuple(layers)))
+        return self.runner.observe(given, layers)
+
+
+class TestAhead:
+    def test_the_first_batch_is_run_once(self):
+        counting, first = Counting(), batch(X)
+        ahead = Ahead(lambda: counting, first)
+        outputs, inner = ahead.observe(first, ())
+        np.testing.assert_array_equal(outputs["y"], Y)
+        assert inner == {}
+        assert counting.seen == [first]
+        ahead.close()
+
+    def test_everything_else_is_the_runner_s(self):
+        counting, first, other = Counting(), batch(X), batch(-X)
+        ahead = Ahead(lambda: counting, first)
+        assert "m" in ahead.observe(other, ["m"])[1]
+        ahead.run(other)
+        ahead.run(first)
+        ahead.run(first)  # its outputs were handed out: it is run again
+        assert sorted(map(str, counting.seen)) == sorted(map(str, [first, (other, ("m",)), other, first]))
+
+    @pytest.mark.parametrize("given", [batch(X[:, :1]), batch()])
+    @pytest.mark.parametrize("close", [True, False])
+    def test_a_failure_waits_until_it_is_asked_for(self, given, close):
+        ahead = Ahead(lambda: OrtRunner(ir.from_proto(linear_onnx())), given)
+        if close:
+            ahead.close()
+        with pytest.raises(ModelError):
+            ahead.run(given)
+        np.testing.assert_array_equal(ahead.run(batch(X))["y"], Y)
+
+    def test_a_model_that_cannot_be_opened(self):
+        ahead = Ahead(lambda: OrtRunner(b"no model"), batch(X))
+        ahead.close()
+        with pytest.raises(ModelError, match="cannot load"):
+            _ = ahead.precision
+
+
 class TestOrt:
+    def test_inner_values_outlive_their_session(self):
+        values = [OrtRunner(ir.from_proto(linear_onnx())).observe(batch(X * n), ["m"])[1]["m"] for n in range(1, 9)]
+        for n, value in enumerate(values, 1):
+            np.testing.assert_array_equal(value, X * n * [1, -1])
+
+    def test_an_output_that_is_an_input_has_memory_of_its_own(self):
+        proto = linear_onnx()
+        proto.graph.node.append(helper.make_node("Identity", ["x"], ["same"]))
+        proto.graph.output.append(helper.make_tensor_value_info("same", TensorProto.FLOAT, ["N", 2]))
+        given = X.copy()
+        found = OrtRunner(ir.from_proto(proto)).run(batch(given))["same"]
+        given[:] = 0
+        np.testing.assert_array_equal(found, X)
+
     def test_every_form_of_a_model_gives_the_same(self, tmp_path):
         proto = linear_onnx()
         onnx.save(proto, tmp_path / "m.onnx")

@@ -145,6 +145,7 @@ def compare_runners(
         progress.add(batch, expected, actual, noise_of, required)
         if names:
             inner.add(baseline, batch, before, after)
+        del before, after  # they are large, and would be held while the next batch runs
     reason = _reason(progress)
     drowned = any(check.drowned for check in progress.checks.values())
     if (reason == NO_EVIDENCE or (reason is None and drowned)) and locate:

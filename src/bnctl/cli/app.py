@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from contextlib import AbstractContextManager
@@ -314,7 +315,9 @@ def demo(
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: every way out has its exit code, and no traceback reaches a user."""
-    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+    code = run(sys.argv[1:] if arguments is None else arguments)
+    gc.freeze()  # the process ends: nothing is gained by looking through a model once more
+    sys.exit(code)
 
 
 def run(arguments: list[str]) -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 from bnctl.data.resize import other_shapes, other_values, resized
 from bnctl.errors import EquivalenceError
-from bnctl.runtime import open_runner
+from bnctl.runtime import Runner, open_runner
+from bnctl.runtime.ahead import Ahead
 from bnctl.verification import Verification, compare_layers, compare_runners
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def check_equivalence(
     vary: Collection[Varied] = ("values", "batch size", "shape"),
     tolerance: float | None = None,
     device: str = "cpu",
+    baseline: Runner | None = None,
 ) -> Verification:
     """Run both models on the example, and where they take them on other batch sizes, values and shapes; runtime optimisations are off.
 
@@ -47,11 +49,11 @@ def check_equivalence(
         vary: what of the example the second model must take in other forms where the first does; an exported graph has sizes that are fixed on purpose.
         tolerance: largest relative error that counts as equal; by default it follows from the dtype.
         device: "cpu" or "cuda".
+        baseline: runs `before`, where there is a runner already.
     """
     others = list(_variations(example, vary))
-    threads = min(os.cpu_count() or 1, MOST_THREADS)
     with keeping(before), keeping(after):
-        baseline, candidate = (open_runner(model, threads=threads, device=device) for model in (before, after))
+        baseline, candidate = baseline or _opened(before, device), _opened(after, device)
         verification = compare_runners(
             baseline,
             candidate,
@@ -64,6 +66,25 @@ def check_equivalence(
         if verification.layers:
             return verification
         return compare_layers(baseline, candidate, resized(example, 1), layers, verification)
+
+
+@contextmanager
+def baseline_ahead(model: Model, example: Batch, device: str) -> Iterator[Runner | None]:
+    """What :func:`check_equivalence` will ask of the model before surgery, begun while the surgery is done; None for a torch model, which one thread at a
+    time may look at.
+    """
+    if model.kind != "onnx":
+        yield None
+        return
+    baseline = Ahead(lambda: _opened(model, device), example)
+    try:
+        yield baseline
+    finally:
+        baseline.close()
+
+
+def _opened(model: Model, device: str) -> Runner:
+    return open_runner(model, threads=min(os.cpu_count() or 1, MOST_THREADS), device=device)
 
 
 def _variations(example: Batch, vary: Collection[Varied]) -> Iterator[Batch]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from bnctl.selection import Selection
 if TYPE_CHECKING:
     from bnctl.data.batches import Batch
     from bnctl.models.model import Model
+    from bnctl.runtime import Runner
     from bnctl.verification import Verification
 
 
@@ -46,26 +48,35 @@ def fold_model(
         EquivalenceError: the folded model does not compute the same.
         OverflowInFoldError: folded weights do not fit their dtype.
     """
-    from bnctl.commands.equivalence import require
+    from bnctl.commands.equivalence import baseline_ahead, require
 
     started = time.perf_counter()
     selection, options = selection or Selection(), options or FoldOptions()
-    rounds = run_rounds(model, example, takes=selection.takes, options=options, plan_only=dry_run)
-    selection.check(rounds.sites)
-    report = _report(model, rounds)
-    if dry_run or not rounds.changed:
-        return Outcome(model, replace(report, elapsed_s=time.perf_counter() - started))
-    if verify:
-        verification = _compared(model, rounds, example, tolerance, device)
-        if not verification.passed:
-            found = not verification.inconclusive
-            culprits = _culprits(model, rounds, example, options, tolerance, device) if found else ()
-            require(verification, "fold", model.word, culprits)
-        report = replace(report, verification=verification.to_dict())
+    verify = verify and not dry_run
+    with baseline_ahead(model, example, device) if verify else nullcontext() as baseline:
+        rounds = run_rounds(model, example, takes=selection.takes, options=options, plan_only=dry_run)
+        selection.check(rounds.sites)
+        report = _report(model, rounds)
+        if dry_run or not rounds.changed:
+            return Outcome(model, replace(report, elapsed_s=time.perf_counter() - started))
+        if verify:
+            verification = _compared(model, rounds, example, tolerance, device, baseline)
+            if not verification.passed:
+                found = not verification.inconclusive
+                culprits = _culprits(model, rounds, example, options, tolerance, device) if found else ()
+                require(verification, "fold", model.word, culprits)
+            report = replace(report, verification=verification.to_dict())
     return Outcome(rounds.model, replace(report, elapsed_s=time.perf_counter() - started))
 
 
-def _compared(model: Model, rounds: Rounds, example: Batch, tolerance: float | None, device: str) -> Verification:
+def _compared(
+    model: Model,
+    rounds: Rounds,
+    example: Batch,
+    tolerance: float | None,
+    device: str,
+    baseline: Runner | None = None,
+) -> Verification:
     from bnctl.commands.equivalence import check_equivalence
 
     return check_equivalence(
@@ -76,6 +87,7 @@ def _compared(model: Model, rounds: Rounds, example: Batch, tolerance: float | N
         altered=rounds.altered,
         tolerance=tolerance,
         device=device,
+        baseline=baseline,
     )
 
 

@@ -86,28 +86,37 @@ def compare(baseline: Array, candidate: Array) -> ArrayError:
         baseline: array of any shape and type.
         candidate: the array to judge.
     """
-    informative = _is_informative(baseline)
     mismatch = _layout_mismatch(baseline, candidate)
     if mismatch is not None:
-        return ArrayError(math.inf, math.inf, mismatch, informative)
+        return ArrayError(math.inf, math.inf, mismatch, _is_informative(baseline))
     a, b = _widen(baseline), _widen(candidate)
-    finite = np.isfinite(a) & np.isfinite(b)
-    mismatch = _special_mismatch(a[~finite], b[~finite])
-    if mismatch is not None:
-        return ArrayError(math.inf, math.inf, mismatch, informative)
-    a, b = a[finite], b[finite]
-    if a.size == 0:
-        return ArrayError(0.0, 0.0, None, informative)
-    # Two finite values may be further apart than float64 reaches; that is an infinite error, not a warning.
-    with np.errstate(over="ignore"):
-        max_abs = float(np.max(np.abs(a - b)))
+    max_abs = _largest_difference(a, b)
+    if math.isfinite(max_abs):  # so all values are
+        informative = bool(a.any()) if baseline.dtype.kind in _NUMBERS else bool(a.size)
+    else:
+        informative = _is_informative(baseline)
+        finite = np.isfinite(a) & np.isfinite(b)
+        mismatch = _special_mismatch(a[~finite], b[~finite])
+        if mismatch is not None:
+            return ArrayError(math.inf, math.inf, mismatch, informative)
+        a, b = a[finite], b[finite]
+        max_abs = _largest_difference(a, b)
     return ArrayError(max_abs, max_abs / max(rms(a), _TINY) if max_abs else 0.0, None, informative)
+
+
+def _largest_difference(a: Array, b: Array) -> float:
+    """``max|a - b|``, 0 for no values. Two finite values may be further apart than float64 reaches: that is infinite, not a warning."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return float(np.max(np.abs(a - b), initial=0.0))
 
 
 def rms(values: Array) -> float:
     """Root mean square ``sqrt(mean(|v|^2))`` of finite values, without overflow; 0 for no values."""
-    peak = float(np.max(np.abs(values))) if values.size else 0.0
-    return peak * math.sqrt(float(np.mean(np.abs(values / peak) ** 2))) if peak else 0.0
+    peak = float(np.max(np.abs(values), initial=0.0))
+    if not peak:
+        return 0.0
+    scaled = np.ravel(values) / peak
+    return peak * math.sqrt(np.vdot(scaled, scaled).real / scaled.size)
 
 
 @dataclass(frozen=True)

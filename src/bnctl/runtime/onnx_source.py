@@ -53,7 +53,9 @@ def read(source: OnnxSource) -> onnx_ir.Model:
 
 
 @contextmanager
-def loadable(source: OnnxSource, *, shared: bool) -> Iterator[tuple[str | bytes, dict[str, onnx_ir.TensorProtocol]]]:
+def loadable(
+    source: OnnxSource, *, shared: bool, exposed: Collection[str] = ()
+) -> Iterator[tuple[str | bytes, dict[str, onnx_ir.TensorProtocol]]]:
     """What ``onnxruntime.InferenceSession`` takes, valid inside the context only, and the initializers that the caller adds to it.
 
     Models of 2 GiB and more, and those with weights in other files, go through a temporary folder.
@@ -62,9 +64,12 @@ def loadable(source: OnnxSource, *, shared: bool) -> Iterator[tuple[str | bytes,
         source: the model.
         shared: leave the large weights of an IR model where they are, in memory or in the file that they are mapped from, instead of handing the session
             a copy. An optimiser could not read them.
+        exposed: values that nodes of the main graph compute, to be outputs, too.
     """
     import onnx_ir
 
+    if exposed:
+        source = read(source)
     if isinstance(source, (str, Path)):
         yield str(source), {}
     elif isinstance(source, bytes):
@@ -72,17 +77,30 @@ def loadable(source: OnnxSource, *, shared: bool) -> Iterator[tuple[str | bytes,
     else:
         rest, weights = _without_large_weights(source) if shared else (source, {})
         if not weights and _fits_inline(source):
-            yield onnx_ir.to_proto(source).SerializeToString(), {}
+            yield _serialised(source, exposed), {}
             return
         with tempfile.TemporaryDirectory(prefix="bnctl-") as folder:
             path = Path(folder, "model.onnx")
             if _fits_inline(rest, weights):
                 Path(folder, _ELSEWHERE).touch()  # the runtime sees that it exists, and does not read it
-                path.write_bytes(onnx_ir.to_proto(rest).SerializeToString())
+                path.write_bytes(_serialised(rest, exposed))
             else:
                 weights = {}
-                onnx_ir.save(source, path, external_data="model.data")
+                onnx_ir.save(expose(source, exposed).model if exposed else source, path, external_data="model.data")
             yield str(path), weights
+
+
+def _serialised(model: onnx_ir.Model, exposed: Collection[str]) -> bytes:
+    import onnx
+    import onnx_ir
+
+    proto = onnx_ir.to_proto(model)
+    given = {output.name for output in proto.graph.output}
+    computed = (name for node in proto.graph.node for name in node.output)
+    proto.graph.output.extend(
+        onnx.ValueInfoProto(name=name) for name in computed if name in exposed and name not in given
+    )
+    return bytes(proto.SerializeToString())
 
 
 def _without_large_weights(

@@ -78,7 +78,7 @@ class OrtRunner:
 
     def run(self, batch: Batch) -> dict[str, NDArray[Any]]:
         """Outputs by name, in the model's order. See :meth:`bnctl.runtime.Runner.run`."""
-        return self._tensors(self._run(self._session, self._feeds(batch)))
+        return self._copied(self._run(self._session, self._feeds(batch)))
 
     def run_values(self, values: Mapping[str, onnxruntime.OrtValue]) -> dict[str, onnxruntime.OrtValue]:
         """Like :meth:`run`, on values in the runtime's own memory, and giving such: nothing is copied.
@@ -87,16 +87,16 @@ class OrtRunner:
             values: the inputs, and any others.
         """
         feeds = {spec.name: values[spec.name] for spec in self._required}
-        return self._run_raw(self._session, feeds)
+        return self._run(self._session, feeds)
 
     def observe(self, batch: Batch, layers: Collection[str]) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
         """Outputs, and values inside the graph by name; values inside subgraphs and functions are not seen."""
         if not layers:
             return self.run(batch), {}
-        exposed = onnx_source.expose(self._source, layers)
-        values = self._run(self._open(exposed.model, optimised=False), self._feeds(batch))
-        inner = {name: value for name, value in values.items() if value is not None and name in layers}
-        return self._tensors({name: values[name] for name in exposed.outputs}), inner
+        names = [output.name for output in self._session.get_outputs()]
+        values = self._run(self._open(self._source, optimised=False, exposed=layers), self._feeds(batch))
+        inner = {name: array for name in layers if name in values and (array := view(values[name])) is not None}
+        return self._copied({name: values[name] for name in names}), inner
 
     def in_float64(self) -> None:
         """ONNX Runtime has no float64 kernels for many operators, Conv among them."""
@@ -105,8 +105,8 @@ class OrtRunner:
         """Values inside the graph by name, in topological order, with what each was computed from."""
         exposed = onnx_source.expose(self._source)
         values = self._run(self._open(exposed.model, optimised=False), self._feeds(batch))
-        inner = {name: values[name] for name in exposed.parents}
-        return Trace({k: v for k, v in inner.items() if v is not None}, exposed.parents, exposed.outputs)
+        inner = {name: array for name in exposed.parents if (array := view(values[name])) is not None}
+        return Trace(inner, exposed.parents, exposed.outputs)
 
     @contextmanager
     def prepared(self, batch: Batch) -> Iterator[Callable[[], object]]:
@@ -120,12 +120,6 @@ class OrtRunner:
 
     def _run(
         self, session: onnxruntime.InferenceSession, feeds: dict[str, onnxruntime.OrtValue]
-    ) -> dict[str, NDArray[Any] | None]:
-        values = self._run_raw(session, feeds)
-        return {name: None if (array := view(value)) is None else np.array(array) for name, value in values.items()}
-
-    def _run_raw(
-        self, session: onnxruntime.InferenceSession, feeds: dict[str, onnxruntime.OrtValue]
     ) -> dict[str, onnxruntime.OrtValue]:
         names = [output.name for output in session.get_outputs()]
         try:
@@ -137,14 +131,19 @@ class OrtRunner:
                 hint="check that the model takes inputs of this shape (a batch size may be fixed inside it)",
             ) from error
 
-    def _tensors(self, values: dict[str, NDArray[Any] | None]) -> dict[str, NDArray[Any]]:
-        found = {name: value for name, value in values.items() if value is not None}
-        if len(found) < len(values):
-            name = next(name for name in values if name not in found)
-            raise ModelError(f"{self.name}: output {name!r} is not a tensor", hint="bnctl compares tensors only")
+    def _copied(self, values: Mapping[str, onnxruntime.OrtValue]) -> dict[str, NDArray[Any]]:
+        """Outputs as arrays of their own: an output may share its memory with an input, or with the session."""
+        found: dict[str, NDArray[Any]] = {}
+        for name, value in values.items():
+            array = view(value)
+            if array is None:
+                raise ModelError(f"{self.name}: output {name!r} is not a tensor", hint="bnctl compares tensors only")
+            found[name] = np.array(array)
         return found
 
-    def _open(self, model: OnnxSource, *, optimised: bool) -> onnxruntime.InferenceSession:
+    def _open(
+        self, model: OnnxSource, *, optimised: bool, exposed: Collection[str] = ()
+    ) -> onnxruntime.InferenceSession:
         import onnxruntime
 
         provider = _PROVIDERS.get(self._device)
@@ -164,7 +163,7 @@ class OrtRunner:
         if self._shared_arena:
             options.add_session_config_entry(*arena.ENTRY)
         try:
-            with onnx_source.loadable(model, shared=not optimised) as (source, weights):
+            with onnx_source.loadable(model, shared=not optimised, exposed=exposed) as (source, weights):
                 for name, tensor in weights.items():
                     if name not in self._shared:
                         self._shared[name] = onnxruntime.OrtValue.ortvalue_from_numpy(tensor.numpy())
@@ -191,7 +190,7 @@ def from_array(array: NDArray[Any], device: str = "cpu") -> onnxruntime.OrtValue
 
 
 def view(value: onnxruntime.OrtValue) -> NDArray[Any] | None:
-    """A tensor as an array in the runtime's memory, valid as long as the value lives; None for what is no tensor. bfloat16 becomes float32."""
+    """A tensor as an array in the runtime's memory; None for what is no tensor. bfloat16 becomes float32."""
     if not (value.has_value() and value.is_tensor()):
         return None
     if value.element_type() != _BFLOAT16:

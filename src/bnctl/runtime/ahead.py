@@ -1,0 +1,74 @@
+"""A runner that begins before it is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Literal
+
+from bnctl.runtime.runner import Runner
+from bnctl.runtime.trace import Trace
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from bnctl.data.batches import Batch
+
+
+class Ahead:
+    """A runner that is opened, and run on the batch that will come first, in a thread, while its owner does something else.
+
+    What goes wrong there is raised when the runner, or that run, is asked for.
+
+    Args:
+        opened: opens the runner; it must not mind a thread.
+        first: the batch. Its outputs are handed out once.
+    """
+
+    def __init__(self, opened: Callable[[], Runner], first: Batch) -> None:
+        pool = ThreadPoolExecutor(1, "bnctl-ahead")
+        self._opened = pool.submit(opened)
+        self._first: Batch | None = first
+        self._outputs = pool.submit(lambda: self._opened.result().run(first))
+        pool.shutdown(wait=False)
+
+    def close(self) -> None:
+        """Give up what has not begun, and wait for what has; from then on it is a runner like any other."""
+        if self._outputs.cancel():
+            self._first = None
+        else:
+            self._outputs.exception()
+
+    @property
+    def kind(self) -> Literal["onnx", "torch"]:
+        """See :attr:`Runner.kind`."""
+        return self._opened.result().kind
+
+    @property
+    def precision(self) -> str:
+        """See :attr:`Runner.precision`."""
+        return self._opened.result().precision
+
+    def run(self, batch: Batch) -> dict[str, NDArray[Any]]:
+        """See :meth:`Runner.run`."""
+        if batch is not self._first:
+            return self._opened.result().run(batch)
+        self._first = None
+        return self._outputs.result()
+
+    def observe(self, batch: Batch, layers: Collection[str]) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
+        """See :meth:`Runner.observe`."""
+        return self._opened.result().observe(batch, layers) if layers else (self.run(batch), {})
+
+    def trace(self, batch: Batch) -> Trace:
+        """See :meth:`Runner.trace`."""
+        return self._opened.result().trace(batch)
+
+    def in_float64(self) -> Runner | None:
+        """See :meth:`Runner.in_float64`."""
+        return self._opened.result().in_float64()
+
+    def prepared(self, batch: Batch) -> AbstractContextManager[Callable[[], object]]:
+        """See :meth:`Runner.prepared`."""
+        return self._opened.result().prepared(batch)
