@@ -68,7 +68,7 @@ def _jobs(only: str) -> list[list[str]]:
     """Each runs in a process of its own. A run: network, batch size, threads, repeats; memory: network, batch size, method;
     float32: the error of the naive procedure in float32, below which none can be.
 
-    What other work on the machine would disturb comes last: wall time with two threads.
+    What other work on the machine would disturb comes early.
     """
     cases = [case for case in CASES if only.lower() in case.name.lower()]
 
@@ -78,7 +78,7 @@ def _jobs(only: str) -> list[list[str]]:
     small = [["run", case.name, str(SMALL), "1", "1"] for case in cases]
     memory = [["memory", case.name, str(case.batch), method] for case in cases for method in installed()]
     floor = [["float32", case.name] for case in cases]
-    return [["traps"], *floor, *runs(1), *small, *memory, *runs(2)]
+    return [["traps"], *floor, *runs(1), *runs(2), *small, *memory]
 
 
 def _worker(kind: str, *words: str) -> dict[str, Any]:

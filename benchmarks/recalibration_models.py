@@ -28,7 +28,7 @@ class Case:
 
 
 CASES = (
-    Case("ResNet-20, trained", "resnet20", 512, 32, 32),
+    Case("ResNet-20, trained", "resnet20", 1000, 32, 32),
     Case("ResNet-18", "torchvision:resnet18", 128, 96, 8),
     Case("ResNet-50", "torchvision:resnet50", 128, 96, 8),
     Case("MobileNetV2", "torchvision:mobilenet_v2", 128, 96, 8),

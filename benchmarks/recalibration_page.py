@@ -18,7 +18,7 @@ results: `{versions}`, two shared cores, no GPU.
 Called as their manuals say: `fvcore.nn.precise_bn.update_bn_stats` with the BatchNorms in train mode and nothing else, `torch.optim.swa_utils.update_bn`
 under `no_grad`, `aimet_torch.bn_reestimation.reestimate_bn_stats`, all with as many batches as there are.
 
-Networks: ResNet-20 with its trained weights on 512 CIFAR-10 images; the others with random weights (scales from U(-0.3, 1.5)) on 128 images of 96 x 96
+Networks: ResNet-20 with its trained weights on 1,000 CIFAR-10 images; the others with random weights (scales from U(-0.3, 1.5)) on 128 images of 96 x 96
 (LeViT: 224 x 224) with the spectrum of photographs and a contrast and a brightness of their own.
 """
 

@@ -22,6 +22,8 @@ from bnctl.errors import UsageError
         ("tokens:2x8", InputSpec((2, 8), "tokens")),
         ("input:0:1x3:float16", InputSpec((1, 3), "input:0", "float16")),
         (" 1x3 ", InputSpec((1, 3))),
+        ("flag::bool", InputSpec((), "flag", "bool")),
+        (":int64", InputSpec((), None, "int64")),
     ],
 )
 def test_parse(text, spec):
@@ -31,7 +33,7 @@ def test_parse(text, spec):
 names = st.none() | st.text("abc.:_/", min_size=1, max_size=8)
 
 
-@given(st.lists(st.integers(1, 99), min_size=1, max_size=5), names, st.sampled_from(DTYPES))
+@given(st.lists(st.integers(1, 99), max_size=5), names, st.sampled_from(DTYPES))
 def test_what_is_written_is_read(shape, name, dtype):
     spec = InputSpec(tuple(shape), name, dtype)
     assert parse_input(str(spec)) == spec
@@ -44,6 +46,16 @@ def test_what_is_no_input_has_an_example(text):
     with pytest.raises(UsageError) as caught:
         parse_input(text)
     assert "float32" in caught.value.hint or "1x3x224x224" in caught.value.hint
+
+
+def test_a_scalar_is_the_same_in_every_batch():
+    specs = (InputSpec((), "scale"), InputSpec((1, 3), "x"), InputSpec((), "flag", "bool"))
+    for size, batch in zip((2, 1), random_batches(3, specs, batch_size=2), strict=True):
+        assert batch.size == size
+        assert batch.kwargs["x"].shape == (size, 3)
+        assert batch.kwargs["scale"].shape == batch.kwargs["flag"].shape == ()
+        assert batch.kwargs["flag"].dtype == bool
+    assert random_batch(specs).kwargs["scale"] == batch.kwargs["scale"]
 
 
 @given(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import ctypes
 import importlib.util
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from bnctl.data.batches import Batch
-from bnctl.engines.onnx.recalibrate import recalibrate
+from bnctl.data.batches import Batch, Batches, as_batches
+from bnctl.engines.onnx import recalibrate as engine
 from bnctl.engines.onnx.recalibration import schedules, workbench
 from bnctl.engines.onnx.recalibration.activations import activation_seen
 from bnctl.engines.onnx.recalibration.extract import extracted
@@ -34,6 +37,11 @@ LIGHT = Path(onnx.__file__).parent / "backend/test/data/light"
 Array = NDArray[Any]
 Statistics = tuple[Array, Array]
 OVER_POSITIONS = (0, 2, 3)
+
+
+def recalibrate(*given: Any, **how: Any) -> tuple[ir.Model, list[SiteStatistics], int]:
+    found = engine.recalibrate(*given, **how)
+    return found.model, found.sites, found.samples
 
 
 # The reference: float64, no engine of ours, everything in memory, the statistics of one node per pass.
@@ -277,7 +285,9 @@ def test_a_level_starts_from_the_last_border_that_fits(
 # Methods
 
 
-def test_batch_pools_what_own_statistics_let_through() -> None:
+def test_batch_pools_what_own_statistics_let_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (engine, schedules):
+        monkeypatch.setattr(module, "PROBE", 1)  # what the statistics produce is measured on all batches
     proto, x = residual().proto("y"), data(7, 3, 8, 8)
     seen = Reference(proto).per_batch([x[:4], x[4:]])
     truth = {name: over(np.concatenate(parts)) for name, parts in seen.items()}
@@ -290,6 +300,26 @@ def test_batch_pools_what_own_statistics_let_through() -> None:
         expected = error({"": statistics_of(new)[node.output[0]]}, {"": produced})
         assert site.self_consistency == pytest.approx(expected, rel=1e-3, abs=1e-6)
     assert max(s.self_consistency for s in sites) > 1e-3
+
+
+@pytest.mark.parametrize(("size", "certain"), [(16, False), (2, True)])
+def test_a_part_of_the_batches_tells_what_is_beyond_chance(
+    size: int, certain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One batch in four is run again: what their choice may do is none of the method's fault, what small batches do is."""
+    net, x = (plain(), data(1024, 3, 8, 8)) if certain else (residual(), data(96, 3, 8, 8))
+    proto = net.proto("y")
+    batches, found = split(x, *[size] * (len(x) // size)), {}
+    for probe in (1, 4):
+        for module in (engine, schedules):
+            monkeypatch.setattr(module, "PROBE", probe)
+        found[probe] = recalibrate(ir.from_proto(proto), batches, method="batch")
+    (new, all_, _), (same, some, _) = found[1], found[4]
+    assert bits(new) == bits(same)
+    for one, other in zip(all_, some, strict=True):
+        assert other.self_consistency <= one.self_consistency + 1e-6
+    assert max(site.self_consistency for site in all_) > 1e-3
+    assert (max(site.self_consistency for site in some) > 1e-2) == certain
 
 
 @pytest.mark.parametrize("momentum", [None, 0.5])
@@ -379,6 +409,8 @@ def resident_bytes() -> int:
     path = Path("/proc/self/statm")
     if not path.exists():
         pytest.skip("this system does not say how much memory a process has")
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed, and was kept for the next one who asks
     return int(path.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -694,15 +726,78 @@ def test_nan_and_infinity_are_named() -> None:
         assert caught.value.hint
 
 
+@pytest.mark.parametrize("how", [{}, {"memory_bytes": 0}, {"method": "batch"}, {"method": "ema"}])
+def test_bad_batches_are_left_out_where_that_is_asked_for(how: dict[str, Any]) -> None:
+    model, x = residual().model("y"), data(12, 3, 8, 8)
+    x[4, 0, 0, 0] = np.inf
+    found = engine.recalibrate(model, split(x, 3, 3, 3, 3), on_bad_batch="skip", **how)
+    assert found.skipped == [1]
+    assert found.samples == 9
+    without = np.concatenate([x[:3], x[6:]])
+    assert bits(found.model) == bits(recalibrate(model, split(without, 3, 3, 3), **how)[0])
+    with pytest.raises(DataError, match="no batch"):
+        engine.recalibrate(model, split(x[3:6], 3), on_bad_batch="skip", **how)
+
+
+# Enough data
+
+
+@pytest.mark.parametrize("how", [{}, {"memory_bytes": 0}, {"method": "batch"}, {"method": "ema"}])
+def test_until_stops_when_the_data_are_enough(how: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evenly spaced batches are taken, so that sorted data do not mislead."""
+    model, x = plain().model("y"), data(1200, 3, 8, 8)
+    x = x[x.mean((1, 2, 3)).argsort()]
+    batches = as_batches(split(x, *[8] * 150))
+    strides, start_over = [], workbench.Workbench.start_over
+
+    def noting(bench: workbench.Workbench, count: int | None) -> None:
+        start_over(bench, count)
+        strides.append(bench.stride)
+
+    monkeypatch.setattr(workbench.Workbench, "start_over", noting)
+    found = engine.recalibrate(model, batches, until=0.03, **how)
+    assert found.enough
+    assert 64 < found.samples < 1200
+    assert found.standard_error <= 0.03
+    taken = [batch for _, batch in batches.every(0, strides[-1])]
+    assert len(taken) == found.samples // 8
+    same = engine.recalibrate(model, taken, **how)
+    assert bits(same.model) == bits(found.model)
+    assert same.standard_error == found.standard_error
+    assert engine.recalibrate(model, taken[::2], **how).standard_error > 0.03
+
+
+def test_until_says_when_the_data_are_too_few() -> None:
+    found = engine.recalibrate(plain().model("y"), split(data(100, 3, 8, 8), *[8] * 12, 4), until=1e-3)
+    assert found.enough is False
+    assert found.samples == 100
+
+
+def test_until_on_data_of_unknown_length() -> None:
+    batches = split(data(1200, 3, 8, 8), *[8] * 150)
+    unknown = Batches(lambda first, step: islice(enumerate(batches), first, None, step))
+    found = engine.recalibrate(plain().model("y"), unknown, until=0.08)
+    assert found.enough
+    assert found.samples < 1200
+    same = recalibrate(plain().model("y"), batches[: found.samples // 8])
+    assert bits(same[0]) == bits(found.model)
+
+
+@pytest.mark.parametrize("until", [0.0, -1.0, float("inf"), float("nan")])
+def test_impossible_tolerances(until: float) -> None:
+    with pytest.raises(UsageError, match="tolerance of the means"):
+        recalibrate(plain().model("y"), split(data(4, 3, 8, 8), 4), until=until)
+
+
 def test_no_data() -> None:
     for method in ("exact", "batch"):
-        with pytest.raises(DataError, match="no batch"):
+        with pytest.raises(DataError, match="holds no samples"):
             recalibrate(plain().model("y"), [], method=method)
 
 
 def test_data_that_end_early_in_a_later_pass() -> None:
     batches = split(data(6, 3, 8, 8), 3, 3)
-    with pytest.raises(DataError, match="6 samples in the first pass and 0"):
+    with pytest.raises(DataError, match="holds no samples"):
         recalibrate(plain().model("y"), Draining(batches), memory_bytes=0)
     recalibrate(plain().model("y"), Draining(batches), memory_bytes=10**9)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from bnctl.errors import DataError, ModelError, UsageError
 from bnctl.models.importing import import_module
 from bnctl.numerics.moments import Moments
 from bnctl.recalibration.statistics import Drift, SiteStatistics, count_dead, discrepancy, drift
+from bnctl.recalibration.workers import Alone
 from nets_resnet20 import build as build_resnet20
 
 CIFAR = Path(__file__).parents[2] / "shared" / "data" / "cifar10_resnet20"
@@ -536,6 +538,34 @@ def test_memory_decides_on_the_schedule(
     assert "one pass per layer" in caplog.text
 
 
+def test_workers_on_one_machine_share_its_memory(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OneOfTwo(Alone):
+        size = 2
+
+    batches = split(images(23), 5)
+    monkeypatch.setattr(run, "available_bytes", lambda device: 10**7)
+    for beside, alone in (("2", True), ("1000", False)):
+        caplog.clear()
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", beside)
+        with caplog.at_level("INFO", "bnctl"):
+            recalibrate(Plain(), batches, workers=OneOfTwo())
+            assert ("one pass per layer" in caplog.text) != alone
+            caplog.clear()
+            recalibrate(Plain(), batches)  # one process has all of it, whatever started it
+            assert "one pass per layer" not in caplog.text
+
+
+def test_torchscript_is_refused() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scripted = torch.jit.trace(Plain().eval(), torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ModelError, match="is TorchScript") as caught:
+        recalibrate(scripted, split(images(4), 2))
+    assert caught.value.hint
+
+
 def test_available_memory(tmp_path: Path) -> None:
     assert memory.available_bytes(torch.device("cpu")) > 1 << 20
     meminfo = tmp_path / "meminfo"
@@ -1014,6 +1044,7 @@ def shifted(file: Path, samples: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(x.transpose(0, 3, 1, 2)).float(), torch.from_numpy(data["y"][:samples])
 
 
+@pytest.mark.usefixtures("probe_all")
 def test_recalibration_recovers_accuracy_under_a_shift() -> None:
     safetensors = pytest.importorskip("safetensors.torch")
     if not CIFAR.is_dir():

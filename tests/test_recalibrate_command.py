@@ -182,6 +182,41 @@ def test_a_loader_that_shuffles_gives_the_judge_what_was_not_used(cli: Any) -> N
     assert not judged & shuffling.used
 
 
+# ---- doubts
+
+
+def flat(text: str) -> str:
+    """Without line breaks."""
+    return " ".join(text.split())
+
+
+def test_a_model_that_keeps_something_from_call_to_call_is_doubted(cli: Any) -> None:
+    Path("counting.py").write_text(
+        "import torch\n"
+        "class Counting(torch.nn.Module):\n"
+        "    calls = 0\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.bn = torch.nn.BatchNorm2d(1)\n"
+        "    def forward(self, x):\n"
+        "        Counting.calls += 1\n"
+        "        return self.bn(x * Counting.calls)\n"
+    )
+    words = ("--data", UNLABELLED, "--trust", "--dry-run", "--memory", "0")
+    ended = cli("recalibrate", "counting:Counting", *words)
+    assert ended.code == 0, ended.err
+    assert "the model keeps something from call to call, or draws random numbers" in flat(ended.out)
+    assert "from call to call" not in flat(cli("recalibrate", BN, *words).out)
+
+
+def test_statistics_that_move_far_are_doubted(cli: Any) -> None:
+    with np.load(UNLABELLED) as arrays:
+        np.savez("bright.npz", x=arrays["x"].astype(np.float32) * 100)
+    for data, far in (("bright.npz", True), (UNLABELLED, False)):
+        out = flat(cli("recalibrate", BN, "--data", data, "--dry-run").out)
+        assert ("are the data preprocessed as in training?" in out) == far
+
+
 # ---- transforms
 
 
@@ -220,7 +255,7 @@ def test_bytes(word: str, number: int) -> None:
 
 def test_options_of_torch_models_are_refused_for_onnx(cli: Any) -> None:
     model = str(fixture_path("digits_bn.onnx"))
-    for option in (("--until", "0.1"), ("--resume",), ("--autocast", "bf16"), ("--on-bad-batch", "skip")):
+    for option in (("--resume",), ("--autocast", "bf16")):
         ended = cli("recalibrate", model, "--data", UNLABELLED, "-o", "out.onnx", *option)
         assert ended.code == ExitCode.USAGE
         assert option[0] in ended.err
@@ -284,6 +319,58 @@ def test_a_run_that_is_stopped_leaves_a_file_from_which_it_goes_on(how: signal.S
     ended(started("-o", "whole", "--method", "ema"))
     assert not Path("out.partial").exists()
     assert Path("out/model.safetensors").read_bytes() == Path("whole/model.safetensors").read_bytes()
+
+
+def interrupted(cli: Any, *words: str) -> list[str]:
+    """The words of a run that failed on its last sample, and left a file from which it could go on."""
+    with np.load(fixture_path("shifted_calibration.npz")) as arrays:
+        x = arrays["x"].astype(np.float32)
+    x[-1] = np.nan
+    np.savez("bad.npz", x=x)
+    words = ("recalibrate", *words, "--data", "bad.npz", "--batch-size", "4", "--method", "ema", "-o", "out")
+    failed = cli(*words)
+    assert failed.code == ExitCode.USAGE
+    assert "holds NaN" in failed.err
+    assert Path("out.partial").exists()
+    return [*words, "--resume"]
+
+
+def test_a_run_does_not_go_on_with_data_that_were_written_anew(cli: Any) -> None:
+    words = interrupted(cli, BN)
+    os.utime("bad.npz", ns=(1, 1))
+    ended = cli(*words)
+    assert ended.code == ExitCode.USAGE
+    assert "out.partial is of another run: data file was" in ended.err
+    assert not Path("out").exists()
+
+
+def test_a_run_does_not_go_on_with_other_weights(cli: Any) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    weights = load_file(fixture_path("digits_bn.safetensors"))
+    save_file(weights, "own.safetensors")
+    words = interrupted(cli, "bnctl.fixture:with_bn@own.safetensors")
+    name = next(name for name in weights if name.endswith("running_mean"))
+    save_file(weights | {name: weights[name] + 1}, "own.safetensors")
+    ended = cli(*words)
+    assert ended.code == ExitCode.USAGE
+    assert "is of another run" in ended.err
+
+
+def test_a_run_does_not_go_on_with_other_arguments_of_the_factory(cli: Any) -> None:
+    Path("arguments.py").write_text("from bnctl.fixture import with_bn\ndef build(unused=0):\n    return with_bn()\n")
+    words = interrupted(cli, f"arguments:build@{fixture_path('digits_bn.safetensors')}", "--trust")
+    ended = cli(*words, "--model-arg", "unused=1")
+    assert ended.code == ExitCode.USAGE
+    assert "model arguments was" in ended.err
+
+
+def test_a_folder_where_a_run_would_keep_what_it_knows(cli: Any) -> None:
+    Path("out.partial").mkdir()
+    ended = cli("recalibrate", BN, "--data", UNLABELLED, "-o", "out")
+    assert ended.code == ExitCode.USAGE
+    assert "out.partial is a folder" in ended.err
+    assert not Path("out").exists()
 
 
 def test_torchrun_has_one_voice_and_the_same_result(cli: Any) -> None:

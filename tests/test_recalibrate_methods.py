@@ -159,7 +159,7 @@ def test_the_standard_error_is_that_of_repeated_draws() -> None:
     errors = []
     for _ in range(50):
         x = draw()
-        seen = Seen(Moments.of(x), Moments.of(x.mean(2)))
+        seen = Seen.of_groups(x.mean(2), x.var(2) * 9, 9)
         errors.append(seen.standard_error()[0] * np.sqrt(seen.values.variance()[0]))
     assert np.mean(errors) == pytest.approx(np.std(means), rel=0.05)
     # as if pixels were independent, it would be a third of that
@@ -350,7 +350,7 @@ def test_a_book_does_not_depend_on_who_noted_what_when() -> None:
     def entered(own: list[Any], other: list[Any]) -> Any:
         book, of_other = Book(), Book()
         for (when, moments), into in [*((n, book) for n in own), *((n, of_other) for n in other)]:
-            into.note(site, when, Seen(moments, moments))
+            into.note(site, when, Seen(moments, moments, moments))
         book.enter(Two(of_other._notes))
         return book.accounts["bn"]
 

@@ -22,7 +22,7 @@ PROGRAM = textwrap.dedent(
     from torch import nn
     from bnctl.data.batches import Batch
     from bnctl.engines.torch import recalibrate as engine
-    from bnctl.engines.torch.recalibration import run as run_
+    from bnctl.recalibration import until
     from bnctl.engines.torch.recalibration.group import joined
     from bnctl.errors import BnctlError
     from bnctl.recalibration.partial import Partial
@@ -66,7 +66,7 @@ PROGRAM = textwrap.dedent(
         return {"state": state, "sites": sites, "samples": found.samples}
 
     torch.set_num_threads(1)
-    run_.PILOT_SAMPLES = 8
+    until.PILOT_SAMPLES = 8
     try:
         with joined() as workers:
             print(json.dumps([run(workers, how) for how in json.loads(sys.argv[1])]))

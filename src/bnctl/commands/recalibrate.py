@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from bnctl.commands import guard
 from bnctl.commands.fold import Outcome
-from bnctl.commands.recalibration import Found, Place, Recalibration, on_engine
+from bnctl.commands.recalibration import Place, Recalibration, on_engine
 from bnctl.commands.setup import Setup
 from bnctl.data.batches import as_batches, first_of
 from bnctl.data.repeat import repeated
@@ -27,7 +27,7 @@ from bnctl.report import Artifact, Report, Site
 if TYPE_CHECKING:
     from bnctl.data.batches import Batch, Batches
     from bnctl.models.model import Model
-    from bnctl.recalibration.statistics import SiteStatistics
+    from bnctl.recalibration.statistics import Recalibrated, SiteStatistics
 
 APART = 0.05
 """Self-consistency beyond which a result is in doubt."""
@@ -79,7 +79,7 @@ def recalibrate_model(
         how, tried = _with_best_prior(model, used, chosen_by, how, place)
     with _naming_what_is_held_out(held_out is not None):
         found = on_engine(model, used, how, place)
-    new = replace(model, native=found.native, program=None)
+    new = replace(model, native=found.model, program=None)
     judged = guard.Judged()
     if held_out is not None:
         judge = guard.judge if place.workers.rank == 0 else None
@@ -144,7 +144,7 @@ def _with_best_prior(
         samples = found.samples
         accuracy = 0.0
         if place.workers.rank == 0:
-            candidate = replace(model, native=found.native, program=None)
+            candidate = replace(model, native=found.model, program=None)
             rows = guard.accuracy_of([model, candidate], chosen_by, gated=True).rows
             if not rows:
                 raise UsageError(
@@ -156,7 +156,7 @@ def _with_best_prior(
     return replace(how, prior=float(best["prior"])), tried
 
 
-def _notes(found: Found, how: Recalibration, judged: guard.Judged) -> Iterator[str]:
+def _notes(found: Recalibrated[Any], how: Recalibration, judged: guard.Judged) -> Iterator[str]:
     if not judged.rows:
         yield "recalibration changes the function: check accuracy with bnctl bench before you ship it"
     if found.enough is False:
@@ -180,7 +180,7 @@ def _notes(found: Found, how: Recalibration, judged: guard.Judged) -> Iterator[s
         yield f"nothing was written: {judged.gate.detail}"
 
 
-def _doubts(found: Found, how: Recalibration) -> Iterator[str]:
+def _doubts(found: Recalibrated[Any], how: Recalibration) -> Iterator[str]:
     """What drift and self-consistency say of the result, where there is nothing else to judge it by."""
     done = [site for site in found.sites if site.action == "recalibrated"]
     apart = max(done, key=lambda site: site.self_consistency or 0.0, default=None)

@@ -15,7 +15,7 @@ from bnctl.selection import Selection
 if TYPE_CHECKING:
     from bnctl.data.batches import Batches
     from bnctl.models.model import Model
-    from bnctl.recalibration.statistics import SiteStatistics
+    from bnctl.recalibration.statistics import Recalibrated
 
 
 @dataclass(frozen=True)
@@ -68,19 +68,7 @@ class Place:
     progress: Progress = no_progress
 
 
-@dataclass(frozen=True, eq=False)
-class Found:
-    """What an engine returns, whichever it is."""
-
-    native: Any
-    sites: list[SiteStatistics]
-    samples: int
-    skipped: list[int]
-    standard_error: float
-    enough: bool | None
-
-
-def on_engine(model: Model, batches: Batches, how: Recalibration, place: Place) -> Found:
+def on_engine(model: Model, batches: Batches, how: Recalibration, place: Place) -> Recalibrated[Any]:
     """New statistics, by the engine of the model's kind; the prior is a number by now."""
     assert how.prior != "auto"
     if model.kind == "onnx":
@@ -92,7 +80,7 @@ def on_engine(model: Model, batches: Batches, how: Recalibration, place: Place) 
 
     module = copy_module(model.native, model.word) if isinstance(model.native, torch.fx.GraphModule) else model.native
     assert isinstance(module, torch.nn.Module)
-    found = recalibrate(
+    return recalibrate(
         module,
         batches,
         method=how.method,
@@ -110,14 +98,11 @@ def on_engine(model: Model, batches: Batches, how: Recalibration, place: Place) 
         partial_file=place.partial,
         resume=how.resume,
     )
-    return Found(found.model, found.sites, found.samples, found.skipped, found.standard_error, found.enough)
 
 
-def _on_onnx(model: Model, batches: Batches, how: Recalibration, place: Place) -> Found:
+def _on_onnx(model: Model, batches: Batches, how: Recalibration, place: Place) -> Recalibrated[Any]:
     given = {
-        "--until": how.until is not None,
         "--autocast": how.autocast is not None,
-        "--on-bad-batch skip": how.on_bad_batch == "skip",
         "--resume": how.resume,
         "torchrun": place.workers.size > 1,
         "--device cuda": place.device != "cpu",
@@ -132,17 +117,17 @@ def _on_onnx(model: Model, batches: Batches, how: Recalibration, place: Place) -
 
     assert how.prior != "auto"
     native: Any = model.native
-    new, sites, samples = recalibrate(
+    return recalibrate(
         native,
         batches,
         method=how.method,
         where=how.selection.where or None,
         skip=how.selection.skip or None,
         prior=how.prior,
+        until=how.until,
         threads=place.threads or 1,
         progress=place.progress,
         memory_bytes=how.memory_bytes,
+        on_bad_batch=how.on_bad_batch,
         name=model.word,
     )
-    worst = max((site.standard_error or 0.0 for site in sites), default=0.0)
-    return Found(new, sites, samples, [], worst, None)

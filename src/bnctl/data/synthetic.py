@@ -26,7 +26,7 @@ class InputSpec:
     """An example input of a model.
 
     Attributes:
-        shape: sizes of all axes; axis 0 counts samples.
+        shape: sizes of all axes; axis 0 counts samples. Empty for a scalar.
         name: of the input; None: by position.
         dtype: name of the element type, one of `DTYPES`.
 
@@ -60,7 +60,7 @@ def specs_of(batch: Batch) -> tuple[InputSpec, ...]:
 
 
 def parse_input(text: str) -> InputSpec:
-    """Parse `[name:]1x3x224x224[:dtype]`. The name may hold colons itself.
+    """Parse `[name:]1x3x224x224[:dtype]`; `flag::bool` is a scalar. The name may hold colons itself.
 
     Raises:
         UsageError: there is no shape in it, a size is 0, or the type is unknown.
@@ -69,13 +69,13 @@ def parse_input(text: str) -> InputSpec:
     if _SHAPE.fullmatch(parts[-1]):
         *name, shape = parts
         dtype = "float32"
-    elif len(parts) > 1 and _SHAPE.fullmatch(parts[-2]):
+    elif len(parts) > 1 and (_SHAPE.fullmatch(parts[-2]) or not parts[-2]):  # no sizes: a scalar, flag::bool
         *name, shape, dtype = parts
     else:
         raise UsageError(f"--input {text}: no shape in it", hint=_EXAMPLES)
     if name and not ":".join(name):
         raise UsageError(f"--input {text}: the name is empty", hint=_EXAMPLES)
-    return InputSpec(tuple(map(int, shape.split("x"))), ":".join(name) or None, dtype)
+    return InputSpec(tuple(map(int, shape.split("x"))) if shape else (), ":".join(name) or None, dtype)
 
 
 def random_batch(specs: Sequence[InputSpec], *, seed: int = 0) -> Batch:
@@ -91,7 +91,7 @@ def random_batches(samples: int, specs: Sequence[InputSpec], *, batch_size: int 
     """`samples` synthetic samples, the same for a seed on every pass and whatever the batch size.
 
     Floats are standard normal; bool and integers are 0 or 1, which any embedding and any mask takes; uint8, most often pixels,
-    is uniform from 0 to 255. Inputs whose axis 0 has the size of the first input's are per sample; others keep their shape, and
+    is uniform from 0 to 255. Inputs whose axis 0 has the size of the first one's that is no scalar are per sample; others keep their shape, and
     are the same in every batch. No labels.
 
     Raises:
@@ -101,8 +101,10 @@ def random_batches(samples: int, specs: Sequence[InputSpec], *, batch_size: int 
     if samples < 1:
         raise UsageError(f"random:{samples} holds no samples", hint="for instance random:256")
 
+    per_sample = next((spec.shape[:1] for spec in specs if spec.shape), None)
+
     def values(index: int, spec: InputSpec, place: slice) -> NDArray[Any]:
-        if spec.shape[:1] != specs[0].shape[:1]:
+        if spec.shape[:1] != per_sample:
             return _draw(spec, spec.shape, seed, index)
         return np.stack([_draw(spec, spec.shape[1:], seed, index, i) for i in range(place.start, place.stop)])
 
@@ -138,7 +140,7 @@ def _draw(spec: InputSpec, shape: tuple[int, ...], *seed: int) -> NDArray[Any]:
         values: NDArray[Any] = generator.standard_normal(shape)
     else:
         values = generator.integers(0, 256 if spec.dtype == "uint8" else 2, shape)
-    return values.astype(_numpy_dtype(spec.dtype))
+    return np.asarray(values).astype(_numpy_dtype(spec.dtype))
 
 
 def _numpy_dtype(name: str) -> np.dtype[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,8 @@ from bnctl.numerics.moments import Moments
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from bnctl.recalibration.seen import Seen
 
     Vector = NDArray[np.float64]
     Statistics = tuple[Vector, Vector]
@@ -37,6 +40,43 @@ def with_prior(source: Statistics, target: Moments, samples: int, prior: float) 
     weight = prior / (prior + samples)
     delta = mean - target.mean
     return weight * mean + (1 - weight) * target.mean, weight * var + (1 - weight) * (variance + weight * delta * delta)
+
+
+PROBE = 32
+"""One batch of so many shows what new statistics produce, where a method does not see it anyway."""
+
+CERTAIN = 4.0
+"""A difference of so many standard errors is none of chance, in any of some thousand channels."""
+
+
+def produced(gathered: Seen, probed: Seen | None, measured: Seen | None) -> Statistics:
+    """What new statistics produce over all data at least, from what they do to some batches.
+
+    With g for what was gathered of all batches while the statistics were taken, p for the same of some batches, and m for these under the new statistics:
+    ``mean = mean_g + d`` and ``var = var_g * r``, with ``d = mean_m - mean_p`` and ``r = var_m / var_p``, as far as they are beyond chance: which batches were
+    chosen moves d and r by the standard errors of mean_m and var_m, and :data:`CERTAIN` times these are taken off. (Batches that are each normalised by
+    themselves have lost what sets them apart: the chance that is in m is not in p.) Where the batches are all there are, nothing is taken off.
+
+    Args:
+        gathered: g.
+        probed: p; None, or without a value, where the site saw none of these batches.
+        measured: m.
+    """
+    mean, var = gathered.values.statistics()
+    if probed is None or measured is None or not (probed.values.count and measured.values.count):
+        return mean, var
+    (mean_p, var_p), (mean_m, var_m) = probed.values.statistics(), measured.values.statistics()
+    left_out = 1 - measured.samples.count / gathered.samples.count
+    shift, growth = mean_m - mean_p, np.divide(var_m, var_p, out=np.ones_like(var), where=var_p > 0) - 1
+    if left_out > 0:
+        certain = CERTAIN * math.sqrt(left_out)
+        shift = _beyond(shift, certain * measured.standard_error() * np.sqrt(var_m))
+        growth = _beyond(growth, certain * measured.standard_error_of_variance())
+    return mean + shift, var * (1 + growth)
+
+
+def _beyond(difference: Vector, chance: Vector) -> Vector:
+    return np.sign(difference) * np.maximum(np.abs(difference) - chance, 0.0)
 
 
 def moving_average(

@@ -151,13 +151,15 @@ def _entry(account: Account) -> dict[str, Any]:
 
 
 def _vectors(account: Account) -> Any:
-    """(8, C): all that an account has per channel."""
-    values, samples = account.seen.values, account.seen.samples
-    return np.stack([*account.site.before, values.mean, values.m2, samples.mean, samples.m2, *account.average])
+    """(10, C): all that an account has per channel."""
+    seen = (account.seen.values, account.seen.samples, account.seen.spread)
+    moments = [vector for part in seen for vector in (part.mean, part.m2)]
+    return np.stack([*account.site.before, *moments, *account.average])
 
 
 def _account(entry: Mapping[str, Any], vectors: Any) -> Account:
-    before, values, samples, average = vectors[0:2], vectors[2:4], vectors[4:6], vectors[6:8]
+    before, values, samples, spread, average = (vectors[row : row + 2] for row in range(0, 10, 2))
     site = Site(**{name: entry[name] for name in _SCALARS}, before=(before[0], before[1]))
-    seen = Seen(Moments(entry["values"], *values), Moments(entry["samples"], *samples))
+    count = entry["samples"]
+    seen = Seen(Moments(entry["values"], *values), Moments(count, *samples), Moments(count, *spread))
     return Account(site, tuple(entry["first"]), seen, entry["calls"], (average[0], average[1]))

@@ -1,7 +1,11 @@
-"""What a site saw: the moments of all values, and how far the samples differ among each other."""
+"""What a site saw: the moments of all values, and how far the samples differ among each other.
+
+Source: Chan, Golub, LeVeque, "Algorithms for computing the sample variance", The American Statistician 37(3), 1983.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,14 +26,51 @@ class Seen:
     Args:
         values: moments of all values of a channel, over samples and positions.
         samples: moments of the samples' means: one value per sample, channel and call.
+        spread: moments of the samples' mean squared distances from the mean of their call.
     """
 
     values: Moments
     samples: Moments
+    spread: Moments
+
+    @staticmethod
+    def of_groups(means: Vector, squares: Vector, positions: int, *, between: bool = True) -> Seen:
+        """What one call sees, from each channel of each sample: a group of P values.
+
+        With ``mean_n = sum(x)/P`` and ``m2_n = sum((x - mean_n)**2)`` over each, all groups are merged at once:
+        ``mean = sum(mean_n)/N`` and ``m2 = sum(m2_n) + P*sum((mean_n - mean)**2)``. Nothing cancels.
+
+        Args:
+            means: ``mean_n``, float64 (N, C), N > 0.
+            squares: ``m2_n``, the same.
+            positions: P.
+            between: False leaves out the last term of m2, as instance normalisation does.
+
+        Returns:
+            Moments of shape (C,), NaN or infinite where a value is.
+        """
+        with np.errstate(invalid="ignore", over="ignore"):  # the caller looks at the result
+            samples = Moments.of(means)
+            m2 = squares.sum(axis=0)
+            apart = squares / positions
+            if between:
+                m2 += positions * samples.m2
+                apart += np.square(means - samples.mean)
+            return Seen(Moments(len(means) * positions, samples.mean, m2), samples, Moments.of(apart))
+
+    @staticmethod
+    def nothing(channels: int) -> Seen:
+        """What an empty call sees."""
+        none = Moments(0, np.zeros(channels), np.zeros(channels))
+        return Seen(none, none, none)
 
     def merge(self, other: Seen, *, between: bool = True) -> Seen:
         """Both together; for `between` see :meth:`Moments.merge`."""
-        return Seen(self.values.merge(other.values, between=between), self.samples.merge(other.samples))
+        return Seen(
+            self.values.merge(other.values, between=between),
+            self.samples.merge(other.samples),
+            self.spread.merge(other.spread),
+        )
 
     def standard_error(self) -> Vector:
         """Standard error of each channel's mean, in standard deviations of the channel, (C,).
@@ -43,3 +84,16 @@ class Seen:
             return np.where(variance > 0, np.inf, 0.0)
         spread = self.samples.variance(unbiased=True) / self.samples.count
         return np.sqrt(np.divide(spread, variance, out=np.zeros_like(spread), where=variance > 0))
+
+    def standard_error_of_variance(self) -> Vector:
+        """Standard error of each channel's variance, as a share of it, (C,).
+
+        ``sqrt(s2 / N) / var``, with s2 the variance over samples of their mean squared distances; and no less than ``sqrt(2) e``, where e is the mean's: so
+        far Gaussian values go.
+        """
+        least = math.sqrt(2) * self.standard_error()
+        variance = self.values.variance()
+        if self.samples.count < 2:
+            return least
+        spread = np.sqrt(self.spread.variance(unbiased=True) / self.spread.count)
+        return np.maximum(least, np.divide(spread, variance, out=np.zeros_like(spread), where=variance > 0))

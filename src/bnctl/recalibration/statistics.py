@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import numpy as np
 
@@ -45,7 +45,8 @@ class SiteStatistics:
         dead_channels: number of channels whose values did not vary at all, to the rounding of the model's precision.
         drift: old statistics against new; None where left, or where the old ones were not finite.
         self_consistency: largest difference between the stored statistics and those that the recalibrated model produces in
-            inference, in units of the layer's own scale; see :func:`discrepancy`. None where left.
+            inference, in units of the layer's own scale; see :func:`discrepancy`. Where that was measured on some batches, as far as it is
+            beyond chance. None where left.
         standard_error: of the mean, in standard deviations, of the channel that is known worst; see :meth:`bnctl.recalibration.seen.Seen.standard_error`.
     """
 
@@ -66,6 +67,30 @@ class SiteStatistics:
         from dataclasses import asdict
 
         return asdict(self)
+
+
+Native = TypeVar("Native")
+
+
+@dataclass(frozen=True, eq=False)
+class Recalibrated(Generic[Native]):
+    """What came of a recalibration.
+
+    Attributes:
+        model: the copy with new statistics.
+        sites: what happened to each site.
+        samples: how many the statistics rest on.
+        skipped: numbers of the batches that were left out since they hold NaN or infinity.
+        standard_error: the largest of all channels' means, in standard deviations.
+        enough: whether that is within the tolerance; None where none was given.
+    """
+
+    model: Native
+    sites: list[SiteStatistics]
+    samples: int
+    skipped: list[int]
+    standard_error: float
+    enough: bool | None = None
 
 
 def drift(before: tuple[Vector, Vector], after: tuple[Vector, Vector], eps: float) -> Drift | None:

@@ -3,36 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
 import onnx_ir as ir
 
 from bnctl.codes import Obstacle
+from bnctl.data.batches import as_batches
 from bnctl.engines.onnx.editor import Editor
 from bnctl.engines.onnx.lift import lift
 from bnctl.engines.onnx.recalibration.find import EPS_ASSUMED, MERGED, find_sites
 from bnctl.engines.onnx.recalibration.network import Network
 from bnctl.engines.onnx.recalibration.rewire import store
-from bnctl.engines.onnx.recalibration.schedules import Account, batch_by_batch, level_by_level
+from bnctl.engines.onnx.recalibration.schedules import Account, Accounts, batch_by_batch, level_by_level
 from bnctl.engines.onnx.recalibration.sites import Arrays, Site
 from bnctl.engines.onnx.recalibration.workbench import Workbench
-from bnctl.recalibration.estimate import with_prior
+from bnctl.recalibration.estimate import PROBE, produced, with_prior
 from bnctl.recalibration.memory import DEFAULT_SHARE, available_bytes
 from bnctl.recalibration.method import Method, check_method, one_value, without_sites
 from bnctl.recalibration.seen import Seen
 from bnctl.recalibration.statistics import (
     NEVER_REACHED,
     NOT_SELECTED,
+    Recalibrated,
     SiteStatistics,
     count_dead,
     discrepancy,
     drift,
 )
+from bnctl.recalibration.until import check_tolerance, pilot, run_until
 from bnctl.runtime.arena import shared_arena
 from bnctl.selection import Selection
 
 if TYPE_CHECKING:
     from bnctl.data.batches import Batch
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What one run makes of the data.
+
+    Args:
+        accounts: what each site saw.
+        stored: its new statistics.
+        probe: accounts of some batches, where the method does not see what the statistics produce.
+        measured: of the same batches under the new statistics.
+    """
+
+    accounts: Accounts
+    stored: dict[Site, Arrays]
+    probe: Accounts = field(default_factory=dict)
+    measured: Accounts = field(default_factory=dict)
+
+    def standard_error(self) -> float:
+        """The largest of all channels' means, in standard deviations."""
+        seen = [account.seen for account in self.accounts.values() if account.count]
+        return max((float(one.standard_error().max(initial=0.0)) for one in seen), default=0.0)
 
 
 def recalibrate(
@@ -43,11 +69,13 @@ def recalibrate(
     where: str | Iterable[str] | None = None,
     skip: str | Iterable[str] | None = None,
     prior: float = 0.0,
+    until: float | None = None,
     threads: int = 1,
     progress: Callable[[str, int, int | None], None] | None = None,
     memory_bytes: int | None = None,
+    on_bad_batch: Literal["refuse", "skip"] = "refuse",
     name: str = "the ONNX model",
-) -> tuple[ir.Model, list[SiteStatistics], int]:
+) -> Recalibrated[ir.Model]:
     """New running statistics from data, in a structural copy of the model.
 
     ``mean = sum(x)/n``, ``var = sum((x - mean)**2)/n`` per channel, in float64, cast once; n counts all values of a channel over all batches.
@@ -57,7 +85,7 @@ def recalibrate(
     `memory_bytes`, levels are reached by computing again what comes before, with the same result.
 
     **batch** (Ioffe & Szegedy 2015, algorithm 2; Wu & Johnson 2021, "PreciseBN"): every site normalises with the statistics of its own batch. One pass, and
-    another one that measures `self_consistency`.
+    one over one batch in every ``PROBE`` that measures `self_consistency`.
 
     **ema**: what training would leave: the same pass, and ``mean = (1 - a) mean + a mean_b``, ``var = (1 - a) var + a var_b n_b/(n_b - 1)`` after each batch b.
     The operator's ``momentum`` is the weight of the old, ``1 - a``.
@@ -74,13 +102,12 @@ def recalibrate(
         where: globs over site names.
         skip: globs over site names to leave.
         prior: old statistics count as so many more samples (:func:`~bnctl.recalibration.estimate.with_prior`); not for ema.
+        until: standard error of each channel's mean, in standard deviations, at which the data are enough; None: all data.
         threads: of ONNX Runtime.
         progress: called with what is being done, how far it is, and out of how much (None where unknown).
         memory_bytes: what may be held between two levels; by default half of what is available.
+        on_bad_batch: a batch that holds NaN or infinity is an error ("refuse"), or left out ("skip").
         name: what to call the model in errors.
-
-    Returns:
-        The copy, what happened to each site in the order of the graph, and the number of samples.
 
     Raises:
         DataError: there are no data, they are not finite, or the model does not run on them.
@@ -88,13 +115,16 @@ def recalibrate(
         UsageError: the method or a glob is none, or the prior is off.
     """
     check_method(method, prior)
+    check_tolerance(until)
     selection = Selection(where, skip)
     lifted = lift(model)
     found = find_sites(lifted)
     _check_sites(found, name)
     selection.check(found)
     sites = [site for site in found.values() if isinstance(site, Site) and selection.takes(site.name)]
-    bench = Workbench(Network(lifted.model, sites), batches, threads, name, progress or _silent)
+    bench = Workbench(
+        Network(lifted.model, sites), as_batches(batches), threads, name, progress or _silent, on_bad_batch == "skip"
+    )
 
     def pooled(site: Site, account: Account) -> Arrays:
         values = account.seen.values
@@ -103,28 +133,34 @@ def recalibrate(
     def averaged(site: Site, account: Account) -> Arrays:
         return site.encode(account.average)
 
-    with shared_arena():
+    def once(count: int | None) -> Taken:
+        bench.start_over(count)
         if method == "exact":
             budget = int(available_bytes() * DEFAULT_SHARE) if memory_bytes is None else memory_bytes
             accounts = level_by_level(bench, pooled, budget)
-            stored = {site: pooled(site, account) for site, account in accounts.items()}
-            produced = accounts
+            return Taken(accounts, {site: pooled(site, account) for site, account in accounts.items()})
+        accounts, probe = batch_by_batch(bench, _own_statistics, "gather")
+        settle = pooled if method == "batch" else averaged
+        stored = {site: settle(site, account) for site, account in accounts.items()}
+        measured, _ = batch_by_batch(bench, lambda site, index, seen: stored[site], "measure", PROBE)
+        return Taken(accounts, stored, probe, measured)
+
+    def judge(taken: Taken) -> tuple[float, bool]:
+        return taken.standard_error(), bench.stride == 1 and not bench.cut
+
+    with shared_arena():
+        if until is None:
+            taken, enough = once(None), None
         else:
-            accounts = batch_by_batch(bench, _own_statistics, "gather")
-            statistics = pooled if method == "batch" else averaged
-            stored = {site: statistics(site, account) for site, account in accounts.items()}
-            produced = batch_by_batch(bench, lambda site, index, seen: stored[site], "measure")
+            taken, enough = run_until(until, pilot(bench.batches), once, judge)
     editor = Editor(lifted.model)
-    for site, arrays in stored.items():
-        if accounts[site].count:
+    done = {}
+    for site, arrays in taken.stored.items():
+        if taken.accounts[site].count:
             store(editor, site, arrays)
-    done = {
-        site.name: _done(site, accounts[site], arrays, produced[site], bench.resolution[site])
-        for site, arrays in stored.items()
-        if accounts[site].count
-    }
+            done[site.name] = _done(site, taken, bench.resolution[site])
     report = [done.get(name) or _left(name, site, selection) for name, site in found.items()]
-    return editor.model, report, bench.samples or 0
+    return Recalibrated(editor.model, report, bench.samples or 0, sorted(bench.skipped), taken.standard_error(), enough)
 
 
 def _check_sites(found: Mapping[str, Site | Obstacle], name: str) -> None:
@@ -141,9 +177,10 @@ def _own_statistics(site: Site, index: int, seen: Seen) -> Arrays:
     return site.encode((seen.values.mean, seen.values.variance()) if seen.values.count else site.before)
 
 
-def _done(site: Site, account: Account, arrays: Arrays, produced: Account, resolution: float) -> SiteStatistics:
-    values, after = account.seen.values, site.decode(arrays)
-    in_inference = produced.seen.values
+def _done(site: Site, taken: Taken, resolution: float) -> SiteStatistics:
+    account, after = taken.accounts[site], site.decode(taken.stored[site])
+    values = account.seen.values
+    some = (one[site].seen if site in one else None for one in (taken.probe, taken.measured))
     return SiteStatistics(
         name=site.name,
         action="recalibrated",
@@ -156,7 +193,7 @@ def _done(site: Site, account: Account, arrays: Arrays, produced: Account, resol
         calls=account.batches,
         dead_channels=count_dead(values, resolution),
         drift=drift(site.before, after, site.eps),
-        self_consistency=discrepancy(after, (in_inference.mean, in_inference.variance()), site.eps),
+        self_consistency=discrepancy(after, produced(account.seen, *some), site.eps),
         standard_error=float(account.seen.standard_error().max(initial=0.0)),
     )
 

@@ -8,10 +8,8 @@ Without it the layer's output over these very data has variance 1 (but for eps),
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -26,7 +24,8 @@ from bnctl.errors import ModelError, UsageError
 from bnctl.recalibration.book import Book
 from bnctl.recalibration.method import Method, check_method
 from bnctl.recalibration.partial import Partial
-from bnctl.recalibration.statistics import NOT_CONVERGED, SiteStatistics, count_dead, discrepancy, drift
+from bnctl.recalibration.statistics import NOT_CONVERGED, Recalibrated, SiteStatistics, count_dead, discrepancy, drift
+from bnctl.recalibration.until import check_tolerance
 from bnctl.recalibration.workers import Alone, Workers
 from bnctl.selection import Selection
 
@@ -34,27 +33,6 @@ if TYPE_CHECKING:
     from bnctl.data.batches import Batch
 
 __all__ = ["Method", "Recalibrated", "SiteStatistics", "recalibrate"]
-
-
-@dataclass(frozen=True, eq=False)
-class Recalibrated:
-    """What came of it.
-
-    Attributes:
-        model: the copy with new statistics.
-        sites: what happened to each site; those with new statistics first, in order of execution.
-        samples: how many the statistics rest on.
-        skipped: numbers of the batches that were left out since they hold NaN or infinity.
-        standard_error: the largest of all channels' means, in standard deviations.
-        enough: whether that is within the tolerance; None where none was given.
-    """
-
-    model: nn.Module
-    sites: list[SiteStatistics]
-    samples: int
-    skipped: list[int]
-    standard_error: float
-    enough: bool | None
 
 
 def recalibrate(
@@ -75,7 +53,7 @@ def recalibrate(
     workers: Workers | None = None,
     partial_file: Partial | None = None,
     resume: bool = False,
-) -> Recalibrated:
+) -> Recalibrated[nn.Module]:
     """New running statistics from data, in a copy of the model.
 
     ``mean = sum(x)/n``, ``var = sum((x - mean)**2)/n`` per channel, in float64, cast once; n counts all values of a channel over all
@@ -119,7 +97,8 @@ def recalibrate(
         ModelError: the model has no normalisation, cannot be copied, or cannot store the new statistics.
         UsageError: the method, the device or a glob is none.
     """
-    _check(method, prior, until)
+    check_method(method, prior)
+    check_tolerance(until)
     selection = Selection(where, skip)
     with _one_thread_each() as all_threads, _keeping_random_state(device):
         bench = _bench(
@@ -152,12 +131,6 @@ def recalibrate(
             found.standard_error(),
             enough,
         )
-
-
-def _check(method: str, prior: float, until: float | None) -> None:
-    check_method(method, prior)
-    if until is not None and not 0 < until < math.inf:
-        raise UsageError(f"the tolerance of the means is {until}", hint="it is a positive number, such as 0.01")
 
 
 def _bench(

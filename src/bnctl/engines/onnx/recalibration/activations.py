@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bnctl.numerics.moments import Moments
 from bnctl.recalibration.seen import Seen
 
 CHUNK_ELEMENTS = 1 << 16
@@ -15,10 +14,8 @@ CHUNK_ELEMENTS = 1 << 16
 
 
 def activation_seen(x: NDArray[Any], axis: int = 1, *, chunk_elements: int = CHUNK_ELEMENTS) -> Seen:
-    """Moments per channel of an activation, over samples and positions, and those of the samples' means.
-
-    Two passes over the P positions of each sample i: ``mean_i = sum(x)/P`` and ``m2_i = sum((x - mean_i)**2)``. Then, over the N samples,
-    ``mean = sum(mean_i)/N`` and ``m2 = sum(m2_i) + P sum((mean_i - mean)**2)`` (Chan et al. 1983 for groups of one size).
+    """Moments per channel of an activation, over samples and positions: those of each sample around its own mean, in two passes, and then all at once
+    (:meth:`Seen.of_groups`).
 
     Args:
         x: samples on axis 0; floating point.
@@ -31,8 +28,7 @@ def activation_seen(x: NDArray[Any], axis: int = 1, *, chunk_elements: int = CHU
     by_channel = np.moveaxis(x, axis, 1)
     samples, channels = by_channel.shape[:2]
     if not x.size:
-        nothing = Moments(0, np.zeros(channels), np.zeros(channels))
-        return Seen(nothing, nothing)
+        return Seen.nothing(channels)
     rows = by_channel.reshape(samples * channels, -1)
     positions = rows.shape[1]
     means, squares = np.empty(len(rows)), np.empty(len(rows))
@@ -47,6 +43,5 @@ def activation_seen(x: NDArray[Any], axis: int = 1, *, chunk_elements: int = CHU
             wide -= mean[:, None]
             means[first : first + step] = mean
             squares[first : first + step] = np.einsum("ij,ij->i", wide, wide)
-        of_samples = Moments.of(means.reshape(samples, channels))
-        m2 = squares.reshape(samples, channels).sum(axis=0) + positions * of_samples.m2
-    return Seen(Moments(samples * positions, of_samples.mean, m2), of_samples)
+    shape = samples, channels
+    return Seen.of_groups(means.reshape(shape), squares.reshape(shape), positions)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from bnctl.engines.onnx.recalibration.sites import Arrays, Site
 from bnctl.engines.onnx.recalibration.workbench import Feed, Part, Workbench
-from bnctl.recalibration.estimate import moving_average
+from bnctl.recalibration.estimate import PROBE, moving_average
 from bnctl.recalibration.seen import Seen
 
 if TYPE_CHECKING:
@@ -74,29 +74,37 @@ def level_by_level(bench: Workbench, settle: Callable[[Site, Account], Arrays], 
     return accounts
 
 
-def batch_by_batch(bench: Workbench, choose: Callable[[Site, int, Seen], Arrays], what: str) -> Accounts:
+def batch_by_batch(
+    bench: Workbench, choose: Callable[[Site, int, Seen], Arrays], what: str, step: int = 1
+) -> tuple[Accounts, Accounts]:
     """One pass over the data.
 
     Args:
         bench: the model and its data.
         choose: the statistics with which a site normalises a batch, from the batch's index and what it saw of it.
         what: is being done, for the progress.
+        step: only one batch of so many.
+
+    Returns:
+        Accounts of all batches, and of one in every ``PROBE``.
     """
     network = bench.network
     accounts: Accounts = {}
+    probe: Accounts = {}
     parts = [Part(bench, level - 1, level) for level in range(network.depth)]
-    for feed in bench.feeds():
+    for feed in bench.feeds(step):
         at_level = feed
         statistics: dict[str, onnxruntime.OrtValue] = {}
         for level, part in enumerate(parts):
             reached = part.run(at_level, statistics)
             for site in network.sites_at(level):
                 seen = bench.seen_by(site, reached)
-                enter(accounts, site, seen)
+                for one in (accounts, probe) if feed.index % (PROBE * bench.stride) == 0 else (accounts,):
+                    enter(one, site, seen)
                 statistics |= bench.inputs_of(site, choose(site, feed.index, seen))
             at_level = reached.only(network.boundary(level))
         bench.progress(what, feed.index + 1, None)
-    return accounts
+    return accounts, probe
 
 
 @dataclass(eq=False)

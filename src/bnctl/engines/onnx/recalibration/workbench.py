@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from bnctl.data.batches import CountedBatches
 from bnctl.engines.onnx.recalibration.activations import activation_seen
 from bnctl.engines.onnx.recalibration.extract import extracted
 from bnctl.engines.onnx.recalibration.network import Network
@@ -24,7 +25,7 @@ from bnctl.runtime.ort import OrtRunner, from_array, view
 if TYPE_CHECKING:
     import onnxruntime
 
-    from bnctl.data.batches import Batch
+    from bnctl.data.batches import Batches
 
 Values = Mapping[str, "onnxruntime.OrtValue"]
 """Values of the model by name, in the runtime's own memory."""
@@ -59,41 +60,67 @@ class Workbench:
         threads: of each session.
         name: what to call the model in errors.
         progress: called with what is being done, how far it is, and out of how much.
+        skip_bad: leave out batches that hold NaN or infinity, instead of an error.
+        limit: only batches of an index below; for data of unknown length.
+        stride: only one batch of so many.
+        cut: whether the limit was met before the end of the data.
         samples: how many the data hold; known after the first pass.
         resolution: machine epsilon of what each site saw.
+        skipped: batches that were left out.
     """
 
     network: Network
-    batches: Iterable[Batch]
+    batches: Batches
     threads: int
     name: str
     progress: Callable[[str, int, int | None], None]
+    skip_bad: bool = False
+    limit: int | None = None
+    stride: int = 1
+    cut: bool = False
     samples: int | None = None
     resolution: dict[Site, float] = field(default_factory=dict)
+    skipped: set[int] = field(default_factory=set)
 
-    def feeds(self) -> Iterator[Feed]:
-        """One pass over the data.
+    def feeds(self, step: int = 1) -> Iterator[Feed]:
+        """One pass over the data, or over one batch of every `step`.
 
         Raises:
             DataError: there are no data, other data than last time, a value is NaN or infinite, or the model does not take it.
         """
         specs = [_spec(value) for value in self.network.inputs]
         samples = 0
-        for index, batch in enumerate(self.batches):
+        for index, batch in self.batches.every(0, step * self.stride):
+            if self.limit is not None and index >= self.limit:
+                self.cut = True
+                break
             try:
                 arrays = match_inputs(batch, specs, (), self.name)
             except InputError as error:
                 raise DataError(f"batch {index}: {error.message}", hint=error.hint) from error
-            for name, array in arrays.items():
-                if array.dtype.kind == "f" and not np.isfinite(array).all():
-                    raise DataError(
-                        f"batch {index}: input {name} holds NaN or infinity",
-                        hint="statistics of it would be NaN, too: clean the data",
-                    )
+            bad = next((n for n, a in arrays.items() if a.dtype.kind == "f" and not np.isfinite(a).all()), None)
+            if bad is not None and self.skip_bad:
+                self.skipped.add(index)
+                continue
+            if bad is not None:
+                raise DataError(
+                    f"batch {index}: input {bad} holds NaN or infinity",
+                    hint="statistics of it would be NaN, too: clean the data, or leave such batches out with --on-bad-batch skip",
+                )
             samples += batch.size
             yield Feed(index, {name: from_array(array) for name, array in arrays.items()})
-        check_pass(samples, self.samples)
-        self.samples = samples
+        if step == 1:
+            check_pass(samples, self.samples)
+            self.samples = samples
+
+    def start_over(self, count: int | None) -> None:
+        """Another number of batches, at least: evenly spaced ones, since data are often sorted; of data of unknown length, the first ones."""
+        self.limit, self.stride, self.cut, self.samples = None, 1, False, None
+        if isinstance(self.batches, CountedBatches):
+            self.stride = 1 if count is None else max(1, len(self.batches) // count)
+        else:
+            self.limit = count
+        self.skipped.clear()
 
     def seen_by(self, site: Site, feed: Feed) -> Seen:
         """What a site sees of a batch.

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
-from bnctl.numerics.moments import Moments
 from bnctl.recalibration.seen import Seen
 
 CHUNK_ELEMENTS = 1 << 19
@@ -16,36 +14,30 @@ CHUNK_ELEMENTS_CUDA = 1 << 26
 
 
 def activation_seen(x: torch.Tensor, *, per_instance: bool = False, chunk_elements: int | None = None) -> Seen:
-    """Moments per channel of an activation, over samples and positions, and those of the samples' means.
-
-    Each channel of each sample is a group of P values, for which, in two passes, ``mean_n = sum(x)/P`` and ``m2_n = sum((x - mean_n)**2)``. The groups
-    are merged as Chan et al. 1983 do, all at once: ``mean = sum(mean_n)/N`` and ``m2 = sum(m2_n) + P*sum((mean_n - mean)**2)``. Nothing
-    cancels, and what a sample contributes does not depend on who else is in its batch.
+    """Moments per channel of an activation, over samples and positions, in float64: those of each sample around its own mean, in two passes, and then all at
+    once (:meth:`Seen.of_groups`). What a sample contributes does not depend on who else is in its batch.
 
     Args:
         x: (N, C, ...), floating point.
-        per_instance: the moments that instance normalisation averages: variances within samples only, without the second term of ``m2``.
+        per_instance: the moments that instance normalisation averages: variances within samples only.
         chunk_elements: upper bound of what is held in float64, as far as one channel of one sample allows.
     """
     samples, channels = x.shape[:2]
     positions = x[:1, :1].numel() if x.numel() else 0
     if not samples * positions:
-        nothing = Moments(0, np.zeros(channels), np.zeros(channels))
-        return Seen(nothing, nothing)
+        return Seen.nothing(channels)
     if chunk_elements is None:
         chunk_elements = CHUNK_ELEMENTS_CUDA if x.is_cuda else CHUNK_ELEMENTS
-    means, within = _of_groups(x.detach(), positions, chunk_elements)
-    mean = means.mean(0)
-    mean, m2_within, m2_between = torch.stack([mean, within, (means - mean).square_().sum(0)]).cpu().numpy()
-    m2 = m2_within if per_instance else m2_within + positions * m2_between
-    return Seen(Moments(samples * positions, mean, m2), Moments(samples, mean, m2_between))
+    means, squares = (part.cpu().numpy() for part in _of_groups(x.detach(), positions, chunk_elements))
+    return Seen.of_groups(means, squares, positions, between=not per_instance)
 
 
 def _of_groups(x: torch.Tensor, positions: int, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mean of each channel of each sample, (N, C), and the sum of the squares around these per channel, (C,), in float64."""
+    """The mean of each channel of each sample, and the sum of the squares around it, (N, C) each, in float64."""
     samples, channels = x.shape[:2]
     if positions == 1:
-        return x.reshape(samples, channels).to(torch.float64), x.new_zeros(channels, dtype=torch.float64)
+        means = x.reshape(samples, channels).to(torch.float64)
+        return means, torch.zeros_like(means)
     by_samples = min(samples, max(1, chunk // (channels * positions)))
     by_channels = channels if by_samples > 1 else min(channels, max(1, chunk // positions))
     means, squares = x.new_empty((2, samples, channels, 1), dtype=torch.float64)
@@ -58,4 +50,4 @@ def _of_groups(x: torch.Tensor, positions: int, chunk: int) -> tuple[torch.Tenso
             wide.view_as(block).copy_(block)
             wide -= torch.mean(wide, 2, keepdim=True, out=means[here])
             torch.sum(wide.square_(), 2, keepdim=True, out=squares[here])
-    return means[..., 0], squares.sum((0, 2))
+    return means[..., 0], squares[..., 0]

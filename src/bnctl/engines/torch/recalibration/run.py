@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
-from bnctl.data.batches import first_of
 from bnctl.engines.torch.recalibration.lockstep import lockstep
 from bnctl.engines.torch.recalibration.memory import DEFAULT_SHARE, LiveStorages, available_bytes
 from bnctl.engines.torch.recalibration.schedules import (
-    PROBE,
     Round,
     Settled,
     measure,
@@ -29,18 +25,18 @@ from bnctl.engines.torch.recalibration.schedules import (
 from bnctl.engines.torch.recalibration.workbench import Feed, Visit, Workbench
 from bnctl.errors import DataError
 from bnctl.recalibration.book import Account, Book
+from bnctl.recalibration.estimate import PROBE, produced
 from bnctl.recalibration.method import Method, without_sites
 from bnctl.recalibration.partial import Partial, State
+from bnctl.recalibration.until import pilot, run_until
 from bnctl.selection import Selection
 
 if TYPE_CHECKING:
     from bnctl.recalibration.estimate import Statistics
+    from bnctl.recalibration.seen import Seen
 
 MAX_STRANDS = 512
 """Most batches that are run in lockstep: each is a thread, and systems limit their number."""
-
-PILOT_SAMPLES = 64
-"""So many samples, at least, say how many are needed."""
 
 _log = logging.getLogger(__name__)
 
@@ -86,24 +82,22 @@ class Run:
         state = bench.workers.share(
             self.partial.read() if resume and not bench.workers.rank else None, lambda found: found[0]
         )
-        count = None if tolerance is None else self._pilot()
+        count = None if tolerance is None else pilot(bench.batches)
         if state is not None:
             bench.random_state = torch.frombuffer(bytearray(state.random_state), dtype=torch.uint8)
             count = state.count
-        while True:
+
+        def once(count: int | None) -> Found:
+            nonlocal state
             bench.start_over(count)
             self._count = count
-            found = self._once(state)
-            if tolerance is None:
-                return found, None
-            error = found.standard_error()
-            if error <= tolerance or count is None or (bench.stride == 1 and not bench.workers.share(bench.cut, any)):
-                return found, error <= tolerance
-            growth = min((error / tolerance) ** 2 * 1.1, 16.0)
-            state, count = None, max(count + 1, math.ceil(count * growth))
+            begun, state = state, None
+            return self._once(begun)
 
-    def _pilot(self) -> int:
-        return max(2, -(-PILOT_SAMPLES // first_of(self.bench.batches).size))
+        def judge(found: Found) -> tuple[float, bool]:
+            return found.standard_error(), bench.stride == 1 and not bench.workers.share(bench.cut, any)
+
+        return (once(None), None) if tolerance is None else run_until(tolerance, count, once, judge)
 
     def _once(self, state: State | None) -> Found:
         if self.method == "exact":
@@ -128,8 +122,14 @@ class Run:
         _check_sites(bench, self.selection)
         for account in with_values(book):
             bench.store(account.site, account.average if self.method == "ema" else bench.statistics(account))
-        produced = measure(bench, PROBE)
-        return Found(book, {a.site.name: _produced(a, probe, produced) for a in with_values(book)}, set())
+        measured = measure(bench, PROBE)
+
+        def seen(book: Book, name: str) -> Seen | None:
+            return book.accounts[name].seen if name in book.accounts else None
+
+        names = [account.site.name for account in with_values(book)]
+        found = {n: produced(book.accounts[n].seen, seen(probe, n), seen(measured, n)) for n in names}
+        return Found(book, found, set())
 
     def _exact(self, state: State | None) -> Found:
         bench, settled = self.bench, Settled()
@@ -225,15 +225,3 @@ def _paused_bytes_of(bench: Workbench, feed: Feed) -> float:
 def with_values(book: Book) -> list[Account]:
     """The accounts of all sites that saw a value, in the order of their first calls."""
     return [account for account in book.in_order() if account.count]
-
-
-def _produced(account: Account, probe: Book, measured: Book) -> Statistics:
-    """What the new statistics produce over all data, from what they do to some batches: the difference between what was gathered there and what is
-    measured now is free of the chance that chose these batches.
-    """
-    gathered, now = probe.accounts.get(account.site.name), measured.accounts.get(account.site.name)
-    mean, var = account.seen.values.statistics()
-    if gathered is None or now is None or not (gathered.count and now.count):
-        return mean, var
-    (mean_g, var_g), (mean_n, var_n) = gathered.seen.values.statistics(), now.seen.values.statistics()
-    return mean + (mean_n - mean_g), var * np.divide(var_n, var_g, out=np.ones_like(var), where=var_g > 0)

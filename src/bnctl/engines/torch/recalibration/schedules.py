@@ -11,6 +11,7 @@ import torch
 
 from bnctl.engines.torch.recalibration.workbench import Feed, Visit, Workbench
 from bnctl.recalibration.book import Account, Book
+from bnctl.recalibration.estimate import PROBE
 from bnctl.recalibration.method import one_value
 from bnctl.recalibration.seen import Seen
 
@@ -22,9 +23,6 @@ Round = Callable[[Collection[str], Settled], Book]
 
 STRIDE = 8
 """How many batches a worker goes through before the workers put together what they noted."""
-
-PROBE = 32
-"""One batch of so many shows what the statistics produce, where a method does not see it anyway."""
 
 
 def each_batch(

@@ -1,0 +1,52 @@
+"""How many batches are enough."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+from bnctl.data.batches import Batches, first_of
+from bnctl.errors import UsageError
+
+T = TypeVar("T")
+
+PILOT_SAMPLES = 64
+"""So many samples, at least, say how many are needed."""
+
+
+def check_tolerance(tolerance: float | None) -> None:
+    """Refuse what no standard error can be.
+
+    Raises:
+        UsageError: it is not positive, or infinite, or no number.
+    """
+    if tolerance is not None and not 0 < tolerance < math.inf:
+        raise UsageError(f"the tolerance of the means is {tolerance}", hint="it is a positive number, such as 0.01")
+
+
+def pilot(batches: Batches) -> int:
+    """Number of batches of the first run."""
+    return max(2, -(-PILOT_SAMPLES // first_of(batches).size))
+
+
+def run_until(
+    tolerance: float, count: int | None, once: Callable[[int | None], T], judge: Callable[[T], tuple[float, bool]]
+) -> tuple[T, bool]:
+    """Run on more and more batches until the means are known well enough, and whether they are.
+
+    A standard error falls with the root of the number of samples: after a run with the error e, the next one has ``1.1 (e/tolerance)**2`` times as many, at
+    most 16 times.
+
+    Args:
+        tolerance: of the largest standard error of a mean, in standard deviations.
+        count: batches of the first run; None for all.
+        once: a run on so many batches, at least; None for all.
+        judge: the error of a run, and whether there were no more data.
+    """
+    while True:
+        found = once(count)
+        error, all_seen = judge(found)
+        if error <= tolerance or all_seen or count is None:
+            return found, error <= tolerance
+        count = max(count + 1, math.ceil(count * min((error / tolerance) ** 2 * 1.1, 16.0)))
