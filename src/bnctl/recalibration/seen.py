@@ -50,13 +50,12 @@ class Seen:
             Moments of shape (C,), NaN or infinite where a value is.
         """
         with np.errstate(invalid="ignore", over="ignore"):  # the caller looks at the result
-            samples = Moments.of(means)
-            m2 = squares.sum(axis=0)
-            apart = squares / positions
+            samples, apart = _moments(means)
+            m2, spread = squares.sum(axis=0), squares / positions
             if between:
                 m2 += positions * samples.m2
-                apart += np.square(means - samples.mean)
-            return Seen(Moments(len(means) * positions, samples.mean, m2), samples, Moments.of(apart))
+                spread += apart
+            return Seen(Moments(len(means) * positions, samples.mean, m2), samples, _moments(spread)[0])
 
     @staticmethod
     def nothing(channels: int) -> Seen:
@@ -97,3 +96,11 @@ class Seen:
             return least
         spread = np.sqrt(self.spread.variance(unbiased=True) / self.spread.count)
         return np.maximum(least, np.divide(spread, variance, out=np.zeros_like(spread), where=variance > 0))
+
+
+def _moments(rows: Vector) -> tuple[Moments, Vector]:
+    """Moments of each column, and the squares of which their m2 is the sum."""
+    mean = rows.sum(axis=0) / len(rows)
+    apart = rows - mean
+    apart *= apart
+    return Moments(len(rows), mean, apart.sum(axis=0)), apart
