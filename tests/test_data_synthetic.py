@@ -48,6 +48,11 @@ def test_what_is_no_input_has_an_example(text):
     assert "float32" in caught.value.hint or "1x3x224x224" in caught.value.hint
 
 
+def test_scalars_alone_hold_no_samples():
+    with pytest.raises(UsageError, match="no input has an axis of samples"):
+        random_batches(5, [InputSpec(())], batch_size=2)
+
+
 def test_a_scalar_is_the_same_in_every_batch():
     specs = (InputSpec((), "scale"), InputSpec((1, 3), "x"), InputSpec((), "flag", "bool"))
     for size, batch in zip((2, 1), random_batches(3, specs, batch_size=2), strict=True):

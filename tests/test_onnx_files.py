@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -195,6 +196,17 @@ def test_external_data(tmp_path: Path) -> None:
     feeds = {"x": np.ones((2, 4, 6, 6), np.float32)}
     before, after = run(net.model("y"), feeds, inner=False), run(folded, feeds, inner=False)
     assert np.allclose(before["y"], after["y"], atol=1e-4)
+
+
+def test_external_data_are_read_by_one_thread_at_a_time(tmp_path: Path, cli: Any) -> None:
+    """A verified fold runs the model from before in a thread; onnx-ir reads tensors of other files when they are first asked for."""
+    net, x = Net(FREE, 4, 4, 4), "x"
+    for _ in range(60):
+        x = net.add("Tanh", net.bn(net.conv(x, 4, 4, 1), 4))
+    file = tmp_path / "many.onnx"
+    onnx.save(net.proto(x), file, save_as_external_data=True, location="many.bin", size_threshold=0)
+    ended = cli("fold", file, "-o", tmp_path / "out.onnx")
+    assert ended.code == 0, ended.err
 
 
 def test_untouched_tensors_are_shared() -> None:

@@ -735,8 +735,28 @@ def test_bad_batches_are_left_out_where_that_is_asked_for(how: dict[str, Any]) -
     assert found.samples == 9
     without = np.concatenate([x[:3], x[6:]])
     assert bits(found.model) == bits(recalibrate(model, split(without, 3, 3, 3), **how)[0])
-    with pytest.raises(DataError, match="no batch"):
+    with pytest.raises(DataError, match="every batch holds NaN"):
         engine.recalibrate(model, split(x[3:6], 3), on_bad_batch="skip", **how)
+
+
+def test_what_was_not_measured_has_no_self_consistency() -> None:
+    """The one batch that would have shown it was left out."""
+    model, x = residual().model("y"), data(40, 3, 8, 8)
+    batches = split(x, *[4] * 10)
+    measured = engine.recalibrate(model, batches, method="batch").sites
+    assert all(site.self_consistency is not None for site in measured)
+    x[0, 0, 0, 0] = np.nan
+    left_out = engine.recalibrate(model, batches, method="batch", on_bad_batch="skip").sites
+    assert all(site.self_consistency is None for site in left_out)
+
+
+def test_until_goes_on_where_all_that_it_took_was_bad() -> None:
+    batches = split(data(600, 3, 8, 8), *[8] * 75)
+    for batch in batches[::9]:  # 75 // 8
+        batch.args[0][0, 0, 0, 0] = np.nan
+    found = engine.recalibrate(plain().model("y"), batches, until=0.08, on_bad_batch="skip")
+    assert found.enough
+    assert found.samples > 64
 
 
 # Enough data

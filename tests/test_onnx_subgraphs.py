@@ -302,3 +302,36 @@ def test_a_graph_inside_a_node_of_another_domain_is_not_entered() -> None:
     net = flagged()
     net.add("Search", "x", domain="mine", out="y", body=branch("yes", "x", 0))
     assert [s.code for s in plan_fold(lift(net.model("y")).graph).sites] == ["BN120"]
+
+
+def _if(then_: onnx.GraphProto, else_: onnx.GraphProto) -> onnx.ModelProto:
+    node = helper.make_node("If", ["flag"], ["y"], then_branch=then_, else_branch=else_)
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 4])
+    flag = helper.make_tensor_value_info("flag", TensorProto.BOOL, [])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 4])
+    graph = helper.make_graph([node], "g", [x, flag], [y])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+
+
+def _branch(name: str, constant: float) -> onnx.GraphProto:
+    """``x + constant``, under names that the other branch has, too."""
+    tensor = numpy_helper.from_array(np.full(4, constant, np.float32), "c")
+    out = helper.make_tensor_value_info("o", TensorProto.FLOAT, ["N", 4])
+    return helper.make_graph([helper.make_node("Add", ["x", "c"], ["o"])], name, [], [out], [tensor])
+
+
+@pytest.mark.parametrize("constants", [(1.0, 2.0), (0.0, 2.0), (0.0, 0.0)])
+def test_branches_with_the_same_names_and_affines_that_do_nothing(constants: tuple[float, float]) -> None:
+    """A body's output is computed in the body, also where nothing but a value from outside is left of it."""
+    from bnctl.commands.rounds import FoldOptions, run_rounds
+    from bnctl.data.batches import Batch
+    from bnctl.models import Model
+
+    proto = _if(_branch("then", constants[0]), _branch("else", constants[1]))
+    x = np.arange(8, dtype=np.float32).reshape(2, 4)
+    given = Batch(kwargs={"x": x, "flag": np.array(True)})
+    model = Model("onnx", ir.from_proto(proto), "if.onnx")
+    folded = run_rounds(model, given, takes=lambda name: True, options=FoldOptions()).model
+    for flag, constant in ((True, constants[0]), (False, constants[1])):
+        feeds = {"x": x, "flag": np.array(flag)}
+        np.testing.assert_allclose(run(folded.native, feeds, inner=False)["y"], x + constant)

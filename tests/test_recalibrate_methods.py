@@ -17,9 +17,11 @@ from bnctl.errors import DataError, UsageError
 from bnctl.numerics.moments import Moments
 from bnctl.recalibration.book import Book
 from bnctl.recalibration.estimate import moving_average, with_prior
+from bnctl.recalibration.method import NoSamplesError
 from bnctl.recalibration.partial import Partial
 from bnctl.recalibration.seen import Seen
 from bnctl.recalibration.site import Site
+from bnctl.recalibration.until import run_until
 from bnctl.recalibration.workers import Alone
 
 
@@ -214,6 +216,34 @@ def test_a_model_that_writes_into_its_input(how: dict[str, Any]) -> None:
     found, expected = recalibrate(model, batches, **how), recalibrate(net(), doubled, **how)
     torch.testing.assert_close(found.model.state_dict(), expected.model.state_dict(), rtol=0, atol=0)
     assert torch.equal(torch.cat([batch.args[0] for batch in batches]), images().double())
+
+
+@pytest.mark.parametrize("method", ["exact", "batch", "ema"])
+def test_until_goes_on_where_all_that_it_took_was_bad(method: Any) -> None:
+    x = images(600)
+    batches = split(x, 8)
+    for number in range(0, len(batches), 9):  # 75 // 8
+        batches[number].args[0][0, 0, 0, 0] = torch.nan
+    found = recalibrate(net(double=False), batches, until=0.08, on_bad_batch="skip", method=method)
+    assert found.enough
+    assert found.samples > 64
+
+
+def test_run_until_is_not_led_astray() -> None:
+    counts: list[int | None] = []
+
+    def once(count: int | None) -> float:
+        counts.append(count)
+        if len(counts) < 3:
+            raise NoSamplesError("none")
+        return float("nan")
+
+    found = run_until(0.1, 2, once, lambda error: error, lambda: len(counts) == 5)
+    assert counts == [2, 4, 8, 128, 2048]  # no number is an error of any size
+    assert not found[1]
+    counts.clear()
+    with pytest.raises(NoSamplesError):
+        run_until(0.1, 2, once, lambda error: error, lambda: True)
 
 
 @pytest.mark.parametrize("until", [0.0, -1.0, float("inf"), float("nan")])

@@ -59,7 +59,7 @@ class Counting:
 class TestAhead:
     def test_the_first_batch_is_run_once(self):
         counting, first = Counting(), batch(X)
-        ahead = Ahead(lambda: counting, first)
+        ahead = Ahead(counting, first)
         outputs, inner = ahead.observe(first, ())
         np.testing.assert_array_equal(outputs["y"], Y)
         assert inner == {}
@@ -68,7 +68,7 @@ class TestAhead:
 
     def test_everything_else_is_the_runner_s(self):
         counting, first, other = Counting(), batch(X), batch(-X)
-        ahead = Ahead(lambda: counting, first)
+        ahead = Ahead(counting, first)
         assert "m" in ahead.observe(other, ["m"])[1]
         ahead.run(other)
         ahead.run(first)
@@ -78,18 +78,12 @@ class TestAhead:
     @pytest.mark.parametrize("given", [batch(X[:, :1]), batch()])
     @pytest.mark.parametrize("close", [True, False])
     def test_a_failure_waits_until_it_is_asked_for(self, given, close):
-        ahead = Ahead(lambda: OrtRunner(ir.from_proto(linear_onnx())), given)
+        ahead = Ahead(OrtRunner(ir.from_proto(linear_onnx())), given)
         if close:
             ahead.close()
         with pytest.raises(ModelError):
             ahead.run(given)
         np.testing.assert_array_equal(ahead.run(batch(X))["y"], Y)
-
-    def test_a_model_that_cannot_be_opened(self):
-        ahead = Ahead(lambda: OrtRunner(b"no model"), batch(X))
-        ahead.close()
-        with pytest.raises(ModelError, match="cannot load"):
-            _ = ahead.precision
 
 
 class TestOrt:

@@ -71,12 +71,12 @@ def check_equivalence(
 @contextmanager
 def baseline_ahead(model: Model, example: Batch, device: str) -> Iterator[Runner | None]:
     """What :func:`check_equivalence` will ask of the model before surgery, begun while the surgery is done; None for a torch model, which one thread at a
-    time may look at.
+    time may run.
     """
     if model.kind != "onnx":
         yield None
         return
-    baseline = Ahead(lambda: _opened(model, device), example)
+    baseline = Ahead(_opened(model, device), example)
     try:
         yield baseline
     finally:

@@ -94,7 +94,7 @@ def recalibrate_model(
     }
     if how.prior:
         summary["prior"] = how.prior
-    if found.enough is not None:
+    if found.enough is not None and summary["recalibrated"]:
         summary["enough"] = found.enough
     details: dict[str, Any] = {"standard_error": found.standard_error, "skipped_batches": found.skipped}
     if tried:

@@ -102,6 +102,8 @@ def random_batches(samples: int, specs: Sequence[InputSpec], *, batch_size: int 
         raise UsageError(f"random:{samples} holds no samples", hint="for instance random:256")
 
     per_sample = next((spec.shape[:1] for spec in specs if spec.shape), None)
+    if per_sample is None:
+        raise UsageError(f"random:{samples}: no input has an axis of samples, all are scalars", hint=_EXAMPLES)
 
     def values(index: int, spec: InputSpec, place: slice) -> NDArray[Any]:
         if spec.shape[:1] != per_sample:

@@ -49,7 +49,7 @@ CERTAIN = 4.0
 """A difference of so many standard errors is none of chance, in any of some thousand channels."""
 
 
-def produced(gathered: Seen, probed: Seen | None, measured: Seen | None) -> Statistics:
+def produced(gathered: Seen, probed: Seen | None, measured: Seen | None) -> Statistics | None:
     """What new statistics produce over all data at least, from what they do to some batches.
 
     With g for what was gathered of all batches while the statistics were taken, p for the same of some batches, and m for these under the new statistics:
@@ -61,10 +61,13 @@ def produced(gathered: Seen, probed: Seen | None, measured: Seen | None) -> Stat
         gathered: g.
         probed: p; None, or without a value, where the site saw none of these batches.
         measured: m.
+
+    Returns:
+        Mean and variance; None where the site saw none of these batches.
     """
     mean, var = gathered.values.statistics()
     if probed is None or measured is None or not (probed.values.count and measured.values.count):
-        return mean, var
+        return None
     (mean_p, var_p), (mean_m, var_m) = probed.values.statistics(), measured.values.statistics()
     left_out = 1 - measured.samples.count / gathered.samples.count
     shift, growth = mean_m - mean_p, np.divide(var_m, var_p, out=np.ones_like(var), where=var_p > 0) - 1

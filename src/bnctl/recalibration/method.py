@@ -52,19 +52,31 @@ def not_finite(batch: int, site: str) -> DataError:
     )
 
 
-def check_pass(samples: int, before: int | None) -> None:
+class NoSamplesError(DataError):
+    """A pass over the data had none."""
+
+
+def check_pass(samples: int, before: int | None, *, skipped: bool = False) -> None:
     """Refuse data that change from pass to pass, or that are none.
 
     Args:
         samples: of this pass.
         before: of earlier passes; None where this is the first.
+        skipped: batches were left out.
 
     Raises:
-        DataError: there are none, or not as many as last time.
+        NoSamplesError: there are none.
+        DataError: there are not as many as last time.
     """
     if before is None:
+        if not samples and skipped:
+            raise NoSamplesError(
+                "every batch holds NaN or infinity", hint="check the preprocessing: nothing is left to recalibrate on"
+            )
         if not samples:
-            raise DataError("the data hold no batch", hint="check the data; a generator can be gone through only once")
+            raise NoSamplesError(
+                "the data hold no batch", hint="check the data; a generator can be gone through only once"
+            )
     elif samples != before:
         raise DataError(
             f"the data held {before} samples in the first pass and {samples} in a later one",

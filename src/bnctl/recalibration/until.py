@@ -8,11 +8,15 @@ from typing import TypeVar
 
 from bnctl.data.batches import Batches, first_of
 from bnctl.errors import UsageError
+from bnctl.recalibration.method import NoSamplesError
 
 T = TypeVar("T")
 
 PILOT_SAMPLES = 64
 """So many samples, at least, say how many are needed."""
+
+MOST_GROWTH = 16.0
+"""From one run to the next; also where the error is no number."""
 
 
 def check_tolerance(tolerance: float | None) -> None:
@@ -31,22 +35,37 @@ def pilot(batches: Batches) -> int:
 
 
 def run_until(
-    tolerance: float, count: int | None, once: Callable[[int | None], T], judge: Callable[[T], tuple[float, bool]]
+    tolerance: float,
+    count: int | None,
+    once: Callable[[int | None], T],
+    error_of: Callable[[T], float],
+    all_seen: Callable[[], bool],
 ) -> tuple[T, bool]:
     """Run on more and more batches until the means are known well enough, and whether they are.
 
     A standard error falls with the root of the number of samples: after a run with the error e, the next one has ``1.1 (e/tolerance)**2`` times as many, at
-    most 16 times.
+    most 16 times; and twice as many where all were left out.
 
     Args:
         tolerance: of the largest standard error of a mean, in standard deviations.
         count: batches of the first run; None for all.
         once: a run on so many batches, at least; None for all.
-        judge: the error of a run, and whether there were no more data.
+        error_of: the error of a run.
+        all_seen: whether the last run left no batch.
+
+    Raises:
+        NoSamplesError: every batch was left out.
     """
     while True:
-        found = once(count)
-        error, all_seen = judge(found)
-        if error <= tolerance or all_seen or count is None:
+        try:
+            found = once(count)
+        except NoSamplesError:
+            if count is None or all_seen():
+                raise
+            count *= 2
+            continue
+        error = error_of(found)
+        if error <= tolerance or count is None or all_seen():
             return found, error <= tolerance
-        count = max(count + 1, math.ceil(count * min((error / tolerance) ** 2 * 1.1, 16.0)))
+        growth = (error / tolerance) ** 2 * 1.1
+        count = max(count + 1, math.ceil(count * (growth if growth < MOST_GROWTH else MOST_GROWTH)))

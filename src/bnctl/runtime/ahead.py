@@ -17,20 +17,19 @@ if TYPE_CHECKING:
 
 
 class Ahead:
-    """A runner that is opened, and run on the batch that will come first, in a thread, while its owner does something else.
-
-    What goes wrong there is raised when the runner, or that run, is asked for.
+    """A runner that runs the batch that will come first in a thread, while its owner does something else. What goes wrong there is raised when that run is
+    asked for.
 
     Args:
-        opened: opens the runner; it must not mind a thread.
+        runner: open already, and with nothing more to read from the model: onnx-ir's tensors are not made for two threads.
         first: the batch. Its outputs are handed out once.
     """
 
-    def __init__(self, opened: Callable[[], Runner], first: Batch) -> None:
-        pool = ThreadPoolExecutor(1, "bnctl-ahead")
-        self._opened = pool.submit(opened)
+    def __init__(self, runner: Runner, first: Batch) -> None:
+        self._runner = runner
         self._first: Batch | None = first
-        self._outputs = pool.submit(lambda: self._opened.result().run(first))
+        pool = ThreadPoolExecutor(1, "bnctl-ahead")
+        self._outputs = pool.submit(runner.run, first)
         pool.shutdown(wait=False)
 
     def close(self) -> None:
@@ -43,32 +42,32 @@ class Ahead:
     @property
     def kind(self) -> Literal["onnx", "torch"]:
         """See :attr:`Runner.kind`."""
-        return self._opened.result().kind
+        return self._runner.kind
 
     @property
     def precision(self) -> str:
         """See :attr:`Runner.precision`."""
-        return self._opened.result().precision
+        return self._runner.precision
 
     def run(self, batch: Batch) -> dict[str, NDArray[Any]]:
         """See :meth:`Runner.run`."""
         if batch is not self._first:
-            return self._opened.result().run(batch)
+            return self._runner.run(batch)
         self._first = None
         return self._outputs.result()
 
     def observe(self, batch: Batch, layers: Collection[str]) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
         """See :meth:`Runner.observe`."""
-        return self._opened.result().observe(batch, layers) if layers else (self.run(batch), {})
+        return self._runner.observe(batch, layers) if layers else (self.run(batch), {})
 
     def trace(self, batch: Batch) -> Trace:
         """See :meth:`Runner.trace`."""
-        return self._opened.result().trace(batch)
+        return self._runner.trace(batch)
 
     def in_float64(self) -> Runner | None:
         """See :meth:`Runner.in_float64`."""
-        return self._opened.result().in_float64()
+        return self._runner.in_float64()
 
     def prepared(self, batch: Batch) -> AbstractContextManager[Callable[[], object]]:
         """See :meth:`Runner.prepared`."""
-        return self._opened.result().prepared(batch)
+        return self._runner.prepared(batch)

@@ -131,6 +131,12 @@ class Editor:
         """Take out a node: its readers read its input number ``index``."""
         source, result = node.inputs[index], node.outputs[0]
         assert source is not None
+        graph = _graph_of(node)
+        if result.is_graph_output() and source.graph is not graph:  # a body's output is computed in it
+            same = ir.node("Identity", [source], name=node.name)
+            graph.insert_before(node, same)
+            source = same.outputs[0]
+            self.rename(source, self.fresh(str(result.name)))
         if result.type is not None:  # an output of the model keeps its declared type
             source.type, source.shape = result.type, result.shape
         result.replace_all_uses_with(source, replace_graph_outputs=True)

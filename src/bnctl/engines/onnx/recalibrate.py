@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import onnx_ir as ir
@@ -46,14 +46,14 @@ class Taken:
     Args:
         accounts: what each site saw.
         stored: its new statistics.
-        probe: accounts of some batches, where the method does not see what the statistics produce.
-        measured: of the same batches under the new statistics.
+        probe: accounts of the batches of which `measured` is.
+        measured: under the new statistics.
     """
 
     accounts: Accounts
     stored: dict[Site, Arrays]
-    probe: Accounts = field(default_factory=dict)
-    measured: Accounts = field(default_factory=dict)
+    probe: Accounts
+    measured: Accounts
 
     def standard_error(self) -> float:
         """The largest of all channels' means, in standard deviations."""
@@ -138,21 +138,23 @@ def recalibrate(
         if method == "exact":
             budget = int(available_bytes() * DEFAULT_SHARE) if memory_bytes is None else memory_bytes
             accounts = level_by_level(bench, pooled, budget)
-            return Taken(accounts, {site: pooled(site, account) for site, account in accounts.items()})
+            return Taken(
+                accounts, {site: pooled(site, account) for site, account in accounts.items()}, accounts, accounts
+            )
         accounts, probe = batch_by_batch(bench, _own_statistics, "gather")
         settle = pooled if method == "batch" else averaged
         stored = {site: settle(site, account) for site, account in accounts.items()}
         measured, _ = batch_by_batch(bench, lambda site, index, seen: stored[site], "measure", PROBE)
         return Taken(accounts, stored, probe, measured)
 
-    def judge(taken: Taken) -> tuple[float, bool]:
-        return taken.standard_error(), bench.stride == 1 and not bench.cut
+    def all_seen() -> bool:
+        return bench.stride == 1 and not bench.cut
 
     with shared_arena():
         if until is None:
             taken, enough = once(None), None
         else:
-            taken, enough = run_until(until, pilot(bench.batches), once, judge)
+            taken, enough = run_until(until, pilot(bench.batches), once, Taken.standard_error, all_seen)
     editor = Editor(lifted.model)
     done = {}
     for site, arrays in taken.stored.items():
@@ -181,6 +183,7 @@ def _done(site: Site, taken: Taken, resolution: float) -> SiteStatistics:
     account, after = taken.accounts[site], site.decode(taken.stored[site])
     values = account.seen.values
     some = (one[site].seen if site in one else None for one in (taken.probe, taken.measured))
+    in_inference = produced(account.seen, *some)
     return SiteStatistics(
         name=site.name,
         action="recalibrated",
@@ -193,7 +196,7 @@ def _done(site: Site, taken: Taken, resolution: float) -> SiteStatistics:
         calls=account.batches,
         dead_channels=count_dead(values, resolution),
         drift=drift(site.before, after, site.eps),
-        self_consistency=discrepancy(after, produced(account.seen, *some), site.eps),
+        self_consistency=None if in_inference is None else discrepancy(after, in_inference, site.eps),
         standard_error=float(account.seen.standard_error().max(initial=0.0)),
     )
 

@@ -61,7 +61,8 @@ def uniquely_named(model: ir.Model) -> ir.Model:
     clone = model.clone()
     taken: set[str] = {str(v.name) for v in values}
     seen: set[str] = set()
-    for value in (v for graph in within(clone.graph) for v in named_values(graph) if _needs_name(v)):
+    # a list: initializers are kept by name, and change their places when they are renamed
+    for value in [v for graph in within(clone.graph) for v in named_values(graph) if _needs_name(v)]:
         if not value.name or value.name in seen:
             value.name = fresh_name(value.name or "value", taken)
         seen.add(value.name)

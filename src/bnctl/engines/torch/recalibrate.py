@@ -172,7 +172,7 @@ def _report(bench: Workbench, found: Found) -> list[SiteStatistics]:
     done = {}
     for account in with_values(found.book):
         site, values = account.site, account.seen.values
-        moving = site.name in found.moving
+        moving, after = site.name in found.moving, found.produced[site.name]
         done[site.name] = SiteStatistics(
             name=site.name,
             action="recalibrated",
@@ -183,7 +183,7 @@ def _report(bench: Workbench, found: Found) -> list[SiteStatistics]:
             calls=account.calls,
             dead_channels=count_dead(values, site.resolution),
             drift=drift(site.before, bench.stored(site), site.eps),
-            self_consistency=discrepancy(bench.stored(site), found.produced[site.name], site.eps),
+            self_consistency=None if after is None else discrepancy(bench.stored(site), after, site.eps),
             standard_error=float(account.seen.standard_error().max(initial=0.0)),
         )
     left = {

@@ -110,7 +110,7 @@ class Workbench:
             samples += batch.size
             yield Feed(index, {name: from_array(array) for name, array in arrays.items()})
         if step == 1:
-            check_pass(samples, self.samples)
+            check_pass(samples, self.samples, skipped=bool(self.skipped))
             self.samples = samples
 
     def start_over(self, count: int | None) -> None:

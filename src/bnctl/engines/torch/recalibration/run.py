@@ -46,7 +46,7 @@ class Found:
     """Accounts of all sites, what the new statistics produce in inference, and the sites that did not settle."""
 
     book: Book
-    produced: dict[str, Statistics]
+    produced: dict[str, Statistics | None]
     moving: set[str]
 
     def standard_error(self) -> float:
@@ -94,10 +94,12 @@ class Run:
             begun, state = state, None
             return self._once(begun)
 
-        def judge(found: Found) -> tuple[float, bool]:
-            return found.standard_error(), bench.stride == 1 and not bench.workers.share(bench.cut, any)
+        def all_seen() -> bool:
+            return bench.stride == 1 and not bench.workers.share(bench.cut, any)
 
-        return (once(None), None) if tolerance is None else run_until(tolerance, count, once, judge)
+        if tolerance is None:
+            return once(None), None
+        return run_until(tolerance, count, once, Found.standard_error, all_seen)
 
     def _once(self, state: State | None) -> Found:
         if self.method == "exact":
@@ -159,9 +161,10 @@ class Run:
             if not fits:
                 break
             feeds.append(feed)
-        _check_sites(bench, self.selection)
         if bench.workers.share(fits, all):
             bench.passed(bench.workers.share(samples, sum))
+        _check_sites(bench, self.selection)
+        if bench.samples is not None:
             return partial(lockstep, bench, feeds)
         _log.info(
             "one pass per layer: %d batches would hold %.0f MB, of %.0f",

@@ -171,7 +171,7 @@ class Workbench:
         Raises:
             DataError: these are none, or not as many as last time.
         """
-        check_pass(samples, self.samples)
+        check_pass(samples, self.samples, skipped=bool(self.workers.share(self.skipped, any)))
         self.samples = samples
 
     def total(self, step: int = 1) -> int | None:
