@@ -244,6 +244,16 @@ def test_options_that_make_no_sense(cli: Any, word: str, said: str) -> None:
     assert said in ended.err
 
 
+@pytest.mark.parametrize(("tolerance", "said"), [("0.5", "samples · enough"), ("1e-6", "samples · too few")])
+def test_whether_the_data_are_enough_is_said(cli: Any, tolerance: str, said: str) -> None:
+    for model in (BN, str(fixture_path("digits_bn.onnx"))):
+        out = flat(cli("recalibrate", model, "--data", UNLABELLED, "--dry-run", "--until", tolerance).out)
+        assert said in out.replace("method exact · ", "")
+    nothing = flat(cli("recalibrate", BN, "--data", UNLABELLED, "--dry-run", "--until", tolerance, "--skip", "*").out)
+    assert "enough" not in nothing
+    assert "too few" not in nothing
+
+
 @pytest.mark.parametrize(
     ("word", "number"), [("500M", 500_000_000), ("1.5GiB", 3 << 29), ("4000000", 4_000_000), ("2 k", 2000)]
 )

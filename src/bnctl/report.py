@@ -13,8 +13,8 @@ from bnctl.errors import ExitCode
 SCHEMA_VERSION = 1
 """Of the document that ``report.schema.json`` describes."""
 
-_SAID = {"passed": "{}", "verdict": "{}", "method": "method {}", "opset": "opset {}", "bn_nodes": "{} BatchNorm nodes", "nodes": "{} nodes in all",
-         "linear": "{} linear layers", "added_parameters": "{} parameters added"}  # fmt: skip
+_SAID = {"passed": "{}", "verdict": "{}", "enough": "{}", "method": "method {}", "opset": "opset {}", "bn_nodes": "{} BatchNorm nodes",
+         "nodes": "{} nodes in all", "linear": "{} linear layers", "added_parameters": "{} parameters added"}  # fmt: skip
 """How an entry of a summary reads; the others read as "5 folded"."""
 
 
@@ -90,6 +90,8 @@ class Report:
         shown = {key: value for key, value in self.summary.items() if not isinstance(value, (list, dict))}
         if isinstance(shown.get("passed"), bool):
             shown["passed"] = "passed" if shown["passed"] else "FAILED"
+        if isinstance(shown.get("enough"), bool):
+            shown["enough"] = "enough" if shown["enough"] else "too few"
         return " · ".join(_SAID.get(key, f"{{}} {key}").format(value) for key, value in shown.items())
 
     def to_dict(self) -> dict[str, Any]:
