@@ -213,7 +213,7 @@ def test_an_untrusted_bundle_does_not_load(tmp_path):
         lambda: bnctl.fold(plain()),
         lambda: bnctl.fold(None, X),
         lambda: bnctl.fold(with_bn(), X, where="layer9"),
-        lambda: bnctl.recalibrate(ONNX_BN, [X.numpy()], until=0.01),
+        lambda: bnctl.recalibrate(ONNX_BN, [X.numpy()], prior=7, method="ema"),
     ],
     ids=["a number", "no inputs", "nothing", "no such layer", "onnx"],
 )
