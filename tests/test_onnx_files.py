@@ -198,6 +198,22 @@ def test_external_data(tmp_path: Path) -> None:
     assert np.allclose(before["y"], after["y"], atol=1e-4)
 
 
+def test_a_model_that_cannot_be_run_needs_no_check_where_nothing_is_folded(tmp_path: Path, cli: Any) -> None:
+    """ONNX Runtime does not know the operator; with a layer to fold there is no way around it."""
+    for folds in (False, True):
+        net = Net(FREE, 4, 4, 4)
+        x = net.bn(net.conv("x", 4, 4, 1), 4) if folds else net.add("Relu", "x")
+        net.add("Strange", x, out="y")
+        proto = net.proto("y")
+        proto.graph.node[-1].domain = "nobody.knows"
+        proto.opset_import.append(helper.make_opsetid("nobody.knows", 1))
+        proto.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 4, None, None]))
+        onnx.save(proto, tmp_path / "strange.onnx")
+        ended = cli("fold", tmp_path / "strange.onnx", "-o", tmp_path / "out.onnx", "--force")
+        assert ended.code == (2 if folds else 0), ended.err
+        assert ("cannot load" in ended.err) == folds
+
+
 def test_external_data_are_read_by_one_thread_at_a_time(tmp_path: Path, cli: Any) -> None:
     """A verified fold runs the model from before in a thread; onnx-ir reads tensors of other files when they are first asked for."""
     net, x = Net(FREE, 4, 4, 4), "x"

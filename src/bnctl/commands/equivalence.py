@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
 from bnctl.data.resize import other_shapes, other_values, resized
-from bnctl.errors import EquivalenceError
+from bnctl.errors import BnctlError, EquivalenceError
 from bnctl.runtime import Runner, open_runner
 from bnctl.runtime.ahead import Ahead
 from bnctl.verification import Verification, compare_layers, compare_runners
@@ -71,12 +71,16 @@ def check_equivalence(
 @contextmanager
 def baseline_ahead(model: Model, example: Batch, device: str) -> Iterator[Runner | None]:
     """What :func:`check_equivalence` will ask of the model before surgery, begun while the surgery is done; None for a torch model, which one thread at a
-    time may run.
+    time may run, and for one that cannot be run.
     """
     if model.kind != "onnx":
         yield None
         return
-    baseline = Ahead(_opened(model, device), example)
+    try:
+        baseline = Ahead(_opened(model, device), example)
+    except BnctlError:  # there may be nothing to verify; where there is, it is opened again
+        yield None
+        return
     try:
         yield baseline
     finally:
