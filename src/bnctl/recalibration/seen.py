@@ -6,6 +6,7 @@ Source: Chan, Golub, LeVeque, "Algorithms for computing the sample variance", Th
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -96,6 +97,12 @@ class Seen:
             return least
         spread = np.sqrt(self.spread.variance(unbiased=True) / self.spread.count)
         return np.maximum(least, np.divide(spread, variance, out=np.zeros_like(spread), where=variance > 0))
+
+
+def largest_error(all_seen: Iterable[Seen]) -> float:
+    """The largest standard error of a mean, in standard deviations, over all channels of those that saw a value; 0 for none."""
+    errors = (seen.standard_error().max(initial=0.0) for seen in all_seen if seen.values.count)
+    return float(max(errors, default=0.0))
 
 
 def _moments(rows: Vector) -> tuple[Moments, Vector]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import TypeVar
 
-from bnctl.data.batches import Batches, first_of
+from bnctl.data.batches import Batches, CountedBatches, first_of
 from bnctl.errors import UsageError
 from bnctl.recalibration.method import NoSamplesError
 
@@ -32,6 +32,15 @@ def check_tolerance(tolerance: float | None) -> None:
 def pilot(batches: Batches) -> int:
     """Number of batches of the first run."""
     return max(2, -(-PILOT_SAMPLES // first_of(batches).size))
+
+
+def part(batches: Batches, count: int | None) -> tuple[int, int | None]:
+    """The stride and the limit that leave so many batches, at least: evenly spaced ones, since data are often sorted; of data of unknown length, the first
+    ones. None: all.
+    """
+    if not isinstance(batches, CountedBatches):
+        return 1, count
+    return (1 if count is None else max(1, len(batches) // count)), None
 
 
 def run_until(

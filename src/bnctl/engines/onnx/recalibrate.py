@@ -21,7 +21,7 @@ from bnctl.engines.onnx.recalibration.workbench import Workbench
 from bnctl.recalibration.estimate import PROBE, produced, with_prior
 from bnctl.recalibration.memory import DEFAULT_SHARE, available_bytes
 from bnctl.recalibration.method import Method, check_method, one_value, without_sites
-from bnctl.recalibration.seen import Seen
+from bnctl.recalibration.seen import Seen, largest_error
 from bnctl.recalibration.statistics import (
     NEVER_REACHED,
     NOT_SELECTED,
@@ -57,8 +57,7 @@ class Taken:
 
     def standard_error(self) -> float:
         """The largest of all channels' means, in standard deviations."""
-        seen = [account.seen for account in self.accounts.values() if account.count]
-        return max((float(one.standard_error().max(initial=0.0)) for one in seen), default=0.0)
+        return largest_error(account.seen for account in self.accounts.values())
 
 
 def recalibrate(

@@ -10,7 +10,6 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from bnctl.data.batches import CountedBatches
 from bnctl.engines.onnx.recalibration.activations import activation_seen
 from bnctl.engines.onnx.recalibration.extract import extracted
 from bnctl.engines.onnx.recalibration.network import Network
@@ -19,6 +18,7 @@ from bnctl.engines.onnx.shapes import dtype_name
 from bnctl.errors import DataError, InputError, ModelError
 from bnctl.recalibration.method import check_pass, not_finite
 from bnctl.recalibration.seen import Seen
+from bnctl.recalibration.until import part
 from bnctl.runtime.feeds import InputSpec, dtype_of, match_inputs
 from bnctl.runtime.ort import OrtRunner, from_array, view
 
@@ -114,12 +114,9 @@ class Workbench:
             self.samples = samples
 
     def start_over(self, count: int | None) -> None:
-        """Another number of batches, at least: evenly spaced ones, since data are often sorted; of data of unknown length, the first ones."""
-        self.limit, self.stride, self.cut, self.samples = None, 1, False, None
-        if isinstance(self.batches, CountedBatches):
-            self.stride = 1 if count is None else max(1, len(self.batches) // count)
-        else:
-            self.limit = count
+        """Another number of batches, at least."""
+        self.stride, self.limit = part(self.batches, count)
+        self.cut, self.samples = False, None
         self.skipped.clear()
 
     def seen_by(self, site: Site, feed: Feed) -> Seen:

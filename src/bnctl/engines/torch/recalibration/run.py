@@ -28,12 +28,12 @@ from bnctl.recalibration.book import Account, Book
 from bnctl.recalibration.estimate import PROBE, produced
 from bnctl.recalibration.method import Method, without_sites
 from bnctl.recalibration.partial import Partial, State
+from bnctl.recalibration.seen import Seen, largest_error
 from bnctl.recalibration.until import pilot, run_until
 from bnctl.selection import Selection
 
 if TYPE_CHECKING:
     from bnctl.recalibration.estimate import Statistics
-    from bnctl.recalibration.seen import Seen
 
 MAX_STRANDS = 512
 """Most batches that are run in lockstep: each is a thread, and systems limit their number."""
@@ -51,10 +51,7 @@ class Found:
 
     def standard_error(self) -> float:
         """The largest of all channels' means, in standard deviations."""
-        errors = (
-            account.seen.standard_error().max(initial=0.0) for account in self.book.accounts.values() if account.count
-        )
-        return float(max(errors, default=0.0))
+        return largest_error(account.seen for account in self.book.accounts.values())
 
 
 @dataclass(eq=False)

@@ -26,6 +26,7 @@ from bnctl.recalibration.method import check_pass, does_not_fit, not_finite
 from bnctl.recalibration.seen import Seen
 from bnctl.recalibration.site import Site
 from bnctl.recalibration.statistics import discrepancy
+from bnctl.recalibration.until import part
 from bnctl.recalibration.workers import Workers
 from bnctl.runtime.tensors import as_tensors
 
@@ -181,14 +182,9 @@ class Workbench:
         return -(-len(self.batches) // (step * self.stride))
 
     def start_over(self, count: int | None) -> None:
-        """The statistics as they were at the beginning, and another number of batches, at least: evenly spaced ones, since data are often sorted; of data
-        of unknown length, the first ones.
-        """
-        self.limit, self.stride, self.cut, self.samples, self.keep = None, 1, False, None, _nothing
-        if isinstance(self.batches, CountedBatches):
-            self.stride = 1 if count is None else max(1, len(self.batches) // count)
-        else:
-            self.limit = count
+        """The statistics as they were at the beginning, and another number of batches, at least."""
+        self.stride, self.limit = part(self.batches, count)
+        self.cut, self.samples, self.keep = False, None, _nothing
         self.skipped.clear()
         for site in self.sites.met():
             self._write(site, site.before)
