@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -57,6 +58,26 @@ def cli(capsys, monkeypatch):
         return ended
 
     return call
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tensors are tiny, and threads that wait for each other on a busy machine make the tests ten times slower."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def probe_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recalibration by `batch` and `ema` measures itself on every batch."""
+    from bnctl.engines.torch.recalibration import run, schedules
+
+    for module in (run, schedules):
+        monkeypatch.setattr(module, "PROBE", 1)
 
 
 @cache

@@ -1,0 +1,228 @@
+"""Recalibration on awkward models and data, with everything put back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from bnctl.data.batches import Batch, as_batches
+from bnctl.errors import DataError, ModelError, UsageError
+from torch_recalibration import (
+    SCHEDULES,
+    Plain,
+    by_name,
+    error,
+    images,
+    make,
+    recalibrate,
+    reference,
+    snapshot,
+    split,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# ---- what the data may do
+
+
+def test_no_norm() -> None:
+    for method in ("exact", "batch"):
+        with pytest.raises(ModelError, match="no normalisation") as caught:
+            recalibrate(nn.Conv2d(3, 3, 1), split(images(), 5), method=method)
+        assert "bnctl insert" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("method", ["exact", "batch"])
+def test_empty_loader(method: Any) -> None:
+    with pytest.raises(DataError, match="no samples"):
+        recalibrate(Plain(), [], method=method)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("method", ["exact", "batch"])
+def test_batch_that_is_not_finite(method: Any, value: float) -> None:
+    x = images()
+    x[12, 0, 0, 0] = value
+    with pytest.raises(DataError, match="batch 2 holds NaN or infinity"):
+        recalibrate(Plain(), split(x, 5), method=method)
+
+
+@pytest.mark.parametrize("how", [{"method": "batch"}, {"memory_bytes": None}, {"memory_bytes": 0}])
+def test_activation_that_is_not_finite_names_batch_and_layer(how: dict[str, Any]) -> None:
+    class Overflowing(Plain):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.bn2(self.conv2(self.bn1(self.conv1(x)) / (x.amax((1, 2, 3), keepdim=True) < 3.5)))
+
+    with pytest.raises(DataError, match="batch 3: the input of bn2"):
+        recalibrate(make(Overflowing, double=False), split(images(), 5), **how)
+
+
+def test_old_statistics_may_be_broken() -> None:
+    """They are what is replaced: the probing pass must not stumble over them."""
+    net, batches = make(Plain), split(images().double(), 5)
+    expected = reference(net, batches)
+    net.bn1.running_var.fill_(float("nan"))
+    result, sites, _ = recalibrate(net, batches)
+    assert error(result, expected) < 1e-11
+    assert by_name(sites)["bn1"].drift is None
+    assert by_name(sites)["bn2"].drift is not None
+
+
+def test_one_value_per_channel() -> None:
+    net, x = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)), torch.randn(4, 3)
+    with pytest.raises(DataError, match="one value per channel") as caught:
+        recalibrate(net, split(x, 1), method="batch")
+    assert "exact" in (caught.value.hint or "")
+    result, _, _ = recalibrate(net, split(x, 1))
+    torch.testing.assert_close(result[1].running_var, net[0](x).var(0, correction=0).detach())
+
+
+def test_batch_that_does_not_fit_the_model() -> None:
+    for memory_bytes in SCHEDULES.values():
+        batches = [*split(images(), 8), Batch((torch.rand(2, 4, 6, 6),))]
+        with pytest.raises(DataError, match="batch 3 does not run through the model: RuntimeError"):
+            recalibrate(Plain(), batches, memory_bytes=memory_bytes)
+
+
+def test_a_generator_is_noticed() -> None:
+    with pytest.raises(DataError, match="second pass"):
+        recalibrate(Plain(), as_batches(part for part in images().split(5)), method="batch")
+    with pytest.raises(DataError, match="23 samples in the first pass and 10 in a later one"):
+        recalibrate(Plain(), _Shrinking(), memory_bytes=0)
+
+
+class _Shrinking:
+    def __init__(self) -> None:
+        self.samples = [23, 23, 10]
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(split(images(self.samples.pop(0)), 5))
+
+
+def test_numpy_batches_and_keyword_inputs() -> None:
+    x = images()
+    by_keyword = [Batch((), {"x": part.numpy().astype(np.float64)}) for part in x.split(5)]
+    net = make(Plain, double=False)
+    assert error(recalibrate(net, by_keyword)[0], recalibrate(net, split(x, 5))[0]) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("norms_too", [True, False])
+@pytest.mark.parametrize("method", ["exact", "batch"])
+def test_half_precision(dtype: torch.dtype, norms_too: bool, method: Any) -> None:
+    net = make(Plain, double=False).to(dtype)
+    if not norms_too:
+        net.bn1.float()
+        net.bn2.float()
+    batches = [Batch((part.numpy(),)) for part in images().split(5)]
+    result, sites, _ = recalibrate(net, batches, method=method)
+    assert [buffer.dtype for buffer in result.buffers()] == [buffer.dtype for buffer in net.buffers()]
+    assert error(result.float(), recalibrate(make(Plain, double=False), batches, method=method)[0]) < 0.1
+    assert by_name(sites)["bn1"].self_consistency < torch.finfo(dtype).eps
+
+
+def test_statistics_that_do_not_fit_the_type() -> None:
+    net = nn.BatchNorm1d(1).half()
+    with pytest.raises(ModelError, match="do not fit float16"):
+        recalibrate(net, [Batch((torch.tensor([[-3e4], [3e4]]).half(),))])
+
+
+# ---- everything is put back
+
+
+@pytest.mark.parametrize("how", [{"method": "batch"}, {"memory_bytes": None}, {"memory_bytes": 0}])
+def test_only_running_statistics_differ(how: dict[str, Any]) -> None:
+    net = make(Plain).train()
+    net.conv2.eval()
+    calls: list[int] = []
+    net.conv1.register_forward_hook(lambda *_: calls.append(1))
+    net.bn1.num_batches_tracked.fill_(7)
+    before, modes = snapshot(net), [m.training for m in net.modules()]
+    random_state = torch.get_rng_state()
+    result, _, _ = recalibrate(net, split(images().double(), 5), **how)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+        assert torch.equal(result.state_dict()[name], tensor) != ("running" in name), name
+    for model in (net, result):
+        assert [m.training for m in model.modules()] == modes
+        assert (model.bn1.momentum, model.bn2.momentum) == (0.1, None)
+        assert len(model.conv1._forward_hooks) == 1
+    assert calls
+    assert result.bn1.num_batches_tracked == 7
+    assert torch.is_grad_enabled()
+
+
+@dataclass
+class Raising:
+    """A loader that shuffles, and raises in the middle of a pass."""
+
+    error: BaseException
+    passes: int = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        torch.randperm(5)
+        if self.passes == 0:
+            yield from split(images(10), 5)
+            raise self.error
+        self.passes -= 1
+        yield from split(images(23), 5)
+
+
+@pytest.mark.parametrize("passes", [0, 1])
+@pytest.mark.parametrize("how", [{"method": "batch"}, {"memory_bytes": 0}])
+@pytest.mark.parametrize("what", [ValueError("loader"), KeyboardInterrupt()])
+def test_a_loader_that_raises_leaves_nothing_behind(what: BaseException, how: dict[str, Any], passes: int) -> None:
+    net = make(Plain, double=False).train()
+    before, random_state = snapshot(net), torch.get_rng_state()
+    with pytest.raises(KeyboardInterrupt if isinstance(what, KeyboardInterrupt) else DataError):
+        recalibrate(net, Raising(what, passes), **how)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert torch.is_grad_enabled()
+    assert all(m.training for m in net.modules())
+
+
+def test_passes_see_the_same_shuffled_data() -> None:
+    x = images()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=5, shuffle=True)
+    net = make(Plain, double=False)
+    torch.manual_seed(3)
+    seen: list[torch.Tensor] = []
+
+    class Watching:
+        def __iter__(self) -> Iterator[Batch]:
+            for (part,) in loader:
+                seen.append(part)
+                yield Batch((part,))
+
+    recalibrate(net, Watching(), method="batch")
+    assert all(torch.equal(a, b) for a, b in zip(seen[:5], seen[5:], strict=True))
+    assert not torch.equal(torch.cat(seen[:5]), x)
+
+
+def test_a_model_that_cannot_be_copied() -> None:
+    net = Plain()
+    net.kept = net.conv1.weight * 2
+    with pytest.raises(ModelError, match="cannot be copied"):
+        recalibrate(net, split(images(), 5))
+
+
+def test_unknown_method_and_device() -> None:
+    with pytest.raises(UsageError, match="'mean'"):
+        recalibrate(Plain(), split(images(), 5), method="mean")
+    with pytest.raises(UsageError, match="cannot use device 'nowhere'"):
+        recalibrate(Plain(), split(images(), 5), device="nowhere")
+
+
+def test_progress_is_told() -> None:
+    for how, stages in (({}, {"settle"}), ({"method": "batch"}, {"gather", "measure"})):
+        told: list[tuple[str, int, int | None]] = []
+        recalibrate(Plain(), split(images(), 5), progress=lambda *step: told.append(step), **how)  # noqa: B023
+        assert {stage for stage, _, _ in told} == stages
