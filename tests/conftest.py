@@ -21,6 +21,9 @@ BN = f"bnctl.fixture:with_bn@{fixture_path('digits_bn.safetensors')}"
 ONNX_BN, ONNX_PLAIN = str(fixture_path("digits_bn.onnx")), str(fixture_path("digits_plain.onnx"))
 CALIBRATION, TEST = str(fixture_path("calibration.npz")), str(fixture_path("test.npz"))
 INPUT = "2x1x8x8"
+HEARING = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+"""What a process that is to be interrupted does first: one that a shell started in the background has inherited deafness."""
+MAIN = HEARING + "from bnctl.cli.app import main; main()"
 _TYPES: dict[str, Any] = {
     "object": dict, "array": list, "string": str, "null": type(None), "boolean": bool, "integer": int, "number": (int, float)
 }  # fmt: skip

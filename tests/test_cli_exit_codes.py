@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from bnctl.errors import ExitCode
-from conftest import BN, CALIBRATION, INPUT, ONNX_BN, ONNX_PLAIN, PLAIN, TEST, faults
+from conftest import BN, CALIBRATION, INPUT, MAIN, ONNX_BN, ONNX_PLAIN, PLAIN, TEST, faults
 
 NETS = """
 import os, sys
@@ -228,9 +228,6 @@ def test_a_changed_function_is_a_failure_and_nothing_is_written(cli, tmp_path, m
     assert faults(ended.document) == []
     assert ended.document["verification"]["passed"] is False
     assert "Nothing was written" in ended.err
-
-
-MAIN = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from bnctl.cli.app import main; main()"
 
 
 def test_ctrl_c_ends_a_bench_and_its_workers(tmp_path):

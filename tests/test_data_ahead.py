@@ -18,6 +18,7 @@ from bnctl.data.ahead import THREAD_NAME, map_groups
 from bnctl.data.folder import read_folder
 from bnctl.data.preprocess import Preprocess
 from bnctl.errors import DataError
+from conftest import HEARING
 
 
 def threads():
@@ -134,7 +135,7 @@ def test_the_threads_end_with_the_one_who_reads(folder):
 
 def test_ctrl_c_ends_the_process(folder):
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom bnctl.data.folder import read_folder\n"
+        HEARING + "import sys, time\nfrom pathlib import Path\nfrom bnctl.data.folder import read_folder\n"
         "for batch in read_folder(Path(sys.argv[1]), batch_size=1, workers=2):\n"
         "    print('reading', flush=True)\n    time.sleep(60)\n"
     )

@@ -20,6 +20,7 @@ from bnctl.data.batches import Batch, located
 from bnctl.data.holdout import hold_out
 from bnctl.errors import ExitCode
 from bnctl.fixture import fixture_path
+from conftest import MAIN
 
 BN = f"bnctl.fixture:with_bn@{fixture_path('digits_bn.safetensors')}"
 TEST, SHIFTED = (str(fixture_path(f"{name}.npz")) for name in ("test", "shifted"))
@@ -301,7 +302,7 @@ def slow():
 
 
 def started(*words: str, **environment: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "bnctl", "recalibrate", BN, "--data", "mine:slow", *words]
+    command = [sys.executable, "-c", MAIN, "recalibrate", BN, "--data", "mine:slow", *words]
     shared = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.Popen(command, env=shared, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -318,7 +319,7 @@ def test_a_run_that_is_stopped_leaves_a_file_from_which_it_goes_on(how: signal.S
     deadline = time.monotonic() + 100
     while not Path("out.partial").exists():
         assert time.monotonic() < deadline
-        assert run.poll() is None, run.stderr
+        assert run.poll() is None, run.stderr.read()
         time.sleep(0.05)
     run.send_signal(how)
     _, err = run.communicate(timeout=60)
