@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 from bnctl.data.resize import other_shapes, other_values, resized
@@ -51,7 +52,7 @@ def check_equivalence(
         device: "cpu" or "cuda".
         baseline: runs `before`, where there is a runner already.
     """
-    others = list(_variations(example, vary))
+    others = list(_variations(example, vary, branching=_may_branch(before)))
     with keeping(before), keeping(after):
         baseline, candidate = baseline or _opened(before, device), _opened(after, device)
         verification = compare_runners(
@@ -91,18 +92,28 @@ def _opened(model: Model, device: str) -> Runner:
     return open_runner(model, threads=min(os.cpu_count() or 1, MOST_THREADS), device=device)
 
 
-def _variations(example: Batch, vary: Collection[Varied]) -> Iterator[Batch]:
+def _variations(example: Batch, vary: Collection[Varied], *, branching: bool) -> Iterator[Batch]:
     """The example in other forms. Another size and other values share their runs: a fault in either shows.
 
-    One sample is the size to look inside at, and the cheapest; an example of one sample becomes two.
+    One sample is the size to look inside at, and the cheapest; an example of one sample becomes two. Where values decide on what is computed, they are tried
+    with either sign.
     """
     other = resized(example, 2 if example.size == 1 else 1) if "batch size" in vary and example.size else example
     if "values" in vary:
-        yield from other_values(other)
+        yield from other_values(other)[: None if branching else 1]
     elif "batch size" in vary:
         yield other
     if "shape" in vary:
         yield from other_shapes(other)
+
+
+def _may_branch(model: Model) -> bool:
+    """Whether the values that come in may decide on what is computed: in code they may, in an ONNX graph only where it has subgraphs."""
+    if model.kind != "onnx":
+        return True
+    native: Any = model.native
+    bodies = chain(native.graph.subgraphs(), *(function.subgraphs() for function in native.functions.values()))
+    return next(iter(bodies), None) is not None
 
 
 def keeping(model: Model) -> AbstractContextManager[None]:
