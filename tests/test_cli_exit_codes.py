@@ -271,3 +271,31 @@ def test_a_reader_that_leaves_does_not_turn_red_into_green():
     check.stderr.close()
     assert check.wait() == ExitCode.FAILED
     assert err == ""
+
+
+@pytest.mark.parametrize("form", ["human", "markdown"])
+@pytest.mark.parametrize(
+    "encoding", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
+)
+def test_a_terminal_that_knows_ascii_only(encoding, form, tmp_path):
+    words = ["inspect", ONNX_BN, "--format", form]
+    ended = subprocess.run(
+        [sys.executable, "-m", "bnctl", *words], env=os.environ | encoding, capture_output=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.isascii()
+    assert b"5 found - 5 foldable" in ended.stdout
+
+
+def test_what_the_users_code_prints_is_talk(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("talkative.py").write_text(
+        "from bnctl.fixture import with_bn\nprint('imported')\n"
+        "def build():\n    print('built')\n    net = with_bn()\n"
+        "    net.register_forward_hook(lambda *_: print('ran'))\n    return net\n"
+    )
+    weights = BN.partition("@")[2]
+    ended = cli("fold", f"talkative:build@{weights}", "--input", INPUT, "--dry-run", "--json")
+    assert ended.code == 0
+    assert ended.document["summary"]["folded"] == 5
+    assert {"imported", "built", "ran"} <= set(ended.err.split())

@@ -14,7 +14,7 @@ import typer
 
 from bnctl.cli import config, options
 from bnctl.cli.common import reporting
-from bnctl.cli.output import progress_bar, write_error
+from bnctl.cli.output import progress_bar, write_any_character, write_error
 from bnctl.commands.setup import Progress, Setup
 from bnctl.errors import BnctlError, ExitCode, Interrupted, ModelError, UsageError
 from bnctl.models.save import Target
@@ -315,6 +315,8 @@ def demo(
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: every way out has its exit code, and no traceback reaches a user."""
+    write_any_character()
+    gc.set_threshold(50_000, 20, 50)  # graphs are many objects and few cycles
     code = run(sys.argv[1:] if arguments is None else arguments)
     gc.freeze()  # the process ends: nothing is gained by looking through a model once more
     sys.exit(code)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from typing import Any
 
 import typer
@@ -52,7 +54,8 @@ def reporting(command: Callable[..., Report]) -> Callable[..., None]:
         form = Format.JSON if common["json"] else common["format"]
         shared["json"] = form is Format.JSON  # also where a file or the environment asks for it
         speaks = is_first_worker()
-        with progress_bar(show=speaks and not common["quiet"]) as progress:
+        # What the user's code prints is talk: stdout is for the report.
+        with redirect_stdout(sys.stderr), progress_bar(show=speaks and not common["quiet"]) as progress:
             report = command(_setup(common, shared["trusted-factories"], progress), **given)
         if speaks:
             write_report(report, form, quiet=common["quiet"], verbose=common["verbose"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
 import os
 import sys
@@ -15,6 +17,25 @@ from bnctl.errors import BnctlError, WorkerError
 if TYPE_CHECKING:
     from bnctl.commands.setup import Progress
     from bnctl.report import Report
+
+
+_STAND_INS = {"±": "+-", "·": "-", "…": "...", "≤": "<=", "≥": ">="}
+
+
+def write_any_character() -> None:
+    """Let stdout and stderr take characters that their encoding lacks, as in a pipe under ``LC_ALL=C``: by stand-ins, or a question mark."""
+
+    def stand_in(error: UnicodeError) -> tuple[str | bytes, int]:
+        assert isinstance(error, UnicodeEncodeError)
+        character = error.object[error.start]
+        if "\udc80" <= character <= "\udcff":  # a byte of a file's name
+            return bytes([ord(character) - 0xDC00]), error.start + 1
+        return _STAND_INS.get(character, "?"), error.start + 1
+
+    codecs.register_error("bnctl", stand_in)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in {"strict", "surrogateescape"}:
+            stream.reconfigure(errors="bnctl")
 
 
 def is_first_worker() -> bool:
