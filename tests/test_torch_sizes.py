@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bnctl
+from bnctl.errors import EquivalenceError
 from nets_traps import error, outputs, randomise
 
 
@@ -147,3 +149,109 @@ def test_arguments_that_say_what_would_be_taken_anyway() -> None:
     torch.testing.assert_close(model(x, None), model(x, mask=None))
     with pytest.raises(TypeError, match="folded for calls with 1 tensor"):
         model(x, torch.ones(1))
+
+
+# ---- inputs of other kinds than images in float
+
+
+class Padded(nn.Module):
+    """Pads to a multiple of 4 what a convolution with stride 4 takes; the example needs no padding."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.table = nn.Embedding(50, 1)
+        self.a, self.bn, self.b = nn.Conv1d(1, 4, 3, padding=1), nn.BatchNorm1d(4), nn.Conv1d(4, 2, 4, stride=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "tokens":
+            x = self.table(x)[..., 0]
+        if self.kind == "bytes":
+            x = x.flatten(1).float() / 255
+        y = self.bn(self.a(x[:, None]).relu())
+        return self.b(F.pad(y, (0, -y.shape[-1] % 4)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "x"),
+    [
+        ("waves", torch.randn(2, 16)),
+        ("tokens", torch.arange(32).reshape(2, 16)),
+        ("bytes", torch.arange(32, dtype=torch.uint8).reshape(2, 1, 16)),
+    ],
+)
+def test_a_padding_of_nothing_is_no_identity(kind: str, x: Tensor) -> None:
+    model = Padded(kind)
+    randomise(model)
+    site = bnctl.fold(model, x).report.to_dict()["sites"][0]
+    assert (site["action"], site["code"]) == ("left", "BN103")
+
+
+class Steered(nn.Module):
+    """What it does hangs on a second input."""
+
+    def __init__(self, code: Callable[[Any, Tensor, Any], Tensor]) -> None:
+        super().__init__()
+        self.c, self.bn, self.code = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), code
+        randomise(self)
+
+    def forward(self, x: Tensor, k: Any) -> Tensor:
+        return self.code(self, x, k)
+
+
+IMAGES = torch.randn(2, 3, 8, 8)
+
+
+@pytest.mark.parametrize("code", [lambda s, x, k: s.bn(s.c(x) * k), lambda s, x, k: s.bn(s.c(x) + k)])
+@pytest.mark.parametrize("k", [0.5, 2, 0.0])
+def test_a_number_that_the_model_is_given_is_no_constant(code: Any, k: float) -> None:
+    site = bnctl.fold(Steered(code), (IMAGES, k)).report.to_dict()["sites"][0]
+    assert (site["action"], site["code"]) == ("left", "BN116")
+
+
+@pytest.mark.parametrize(
+    ("code", "k"),
+    [
+        (lambda s, x, k: s.bn(torch.roll(s.c(x), k, 1)), 1),
+        (lambda s, x, k: s.bn(torch.roll(s.c(x), int(k), 1)), torch.tensor(1)),
+        (lambda s, x, k: s.bn(s.c(x)) if k else s.c(x).relu(), True),
+        (lambda s, x, k: s.bn(s.c(x)) if k else s.c(x).relu(), torch.tensor(True)),
+        (lambda s, x, k: s.bn(s.c(x)) if k == 0 else s.c(x).relu(), 0),
+    ],
+)
+def test_a_fold_that_holds_for_one_choice_only_is_refused(code: Any, k: Any) -> None:
+    with pytest.raises(EquivalenceError, match=r"differs on inputs varied from the given ones.*fold of bn") as caught:
+        bnctl.fold(Steered(code), (IMAGES, k))
+    assert "--skip 'bn'" in str(caught.value.hint)
+    result = bnctl.fold(Steered(lambda s, x, k: s.bn(s.c(x))), (IMAGES, k))  # the choice does not matter
+    assert result.report.to_dict()["sites"][0]["action"] == "folded"
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: x.max().item(),
+        lambda x: x.numpy().max(),
+        lambda x: max(x.flatten().tolist()),
+        lambda x: np.asarray(x).max(),
+    ],
+)
+def test_a_path_that_hangs_on_values_is_told_of(read: Callable[[Tensor], float]) -> None:
+    model = Steered(lambda s, x, k: s.bn(s.c(x)) if read(x) < 1000 else s.c(x))
+    assert any("reads values of tensors" in note for note in bnctl.fold(model, (IMAGES, None)).report.notes)
+    assert "numpy" not in vars(Tensor)
+
+
+def test_a_value_that_python_reads_stays() -> None:
+    """By itself the convolution's output could change; but it is read."""
+    seen: list[float] = []
+    model = Steered(lambda s, x, k: (seen.append(float(np.sum(y.numpy()))), s.bn(y))[1] if (y := s.c(x)) is not None else x)  # fmt: skip
+    site = bnctl.fold(model, (IMAGES, None)).report.to_dict()["sites"][0]
+    assert (site["action"], site["code"]) == ("left", "BN101")
+
+
+def test_what_comes_from_outside_of_torch_is_no_input_of_the_model() -> None:
+    model = Steered(lambda s, x, k: s.bn(torch.from_numpy(s.c(x).numpy() * 2)))
+    site = bnctl.fold(model, (IMAGES, None)).report.to_dict()["sites"][0]
+    assert site["code"] == "BN104"
+    assert "comes from code that is no operator" in site["reason"]

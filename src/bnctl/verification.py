@@ -56,6 +56,7 @@ class _Progress:
     checks: dict[str, OutputCheck] = field(default_factory=dict)
     flips: Flips | None = None
     failed_on: Batch | None = None
+    failed_varied: bool = False
 
     def add(
         self,
@@ -76,7 +77,7 @@ class _Progress:
                 drowned = required and equal and error.max_rel > DROWNED
             self.checks[name] = self.checks.get(name, OutputCheck(name)).with_batch(error, equal, noise, drowned)
             if self.failed_on is None and not equal:
-                self.failed_on = batch
+                self.failed_on, self.failed_varied = batch, not required
             flips = count_flips(a, b, self.limit)
             if flips is not None:
                 self.flips = (self.flips or Flips()) + flips
@@ -169,7 +170,8 @@ def _reason(progress: _Progress) -> str | None:
     for check in progress.checks.values():
         if not check.equal:
             detail = check.mismatch or f"relative error {check.max_rel:.3g}, tolerance {progress.limit:.3g}"
-            return f"output {check.name!r} differs: {detail}"
+            where = " on inputs varied from the given ones" if progress.failed_varied else ""
+            return f"output {check.name!r} differs{where}: {detail}"
     if not any(check.informative for check in progress.checks.values()):
         return NO_EVIDENCE
     return None

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
-from bnctl.data.resize import other_shapes, other_values, resized
+from bnctl.data.resize import other_choices, other_shapes, other_values, resized
 from bnctl.errors import BnctlError, EquivalenceError
 from bnctl.runtime import Runner, open_runner
 from bnctl.runtime.ahead import Ahead
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 MOST_THREADS = 8
 """Of ONNX Runtime in a comparison; more do not pay for small batches."""
 
-Varied = Literal["values", "batch size", "shape"]
+Varied = Literal["values", "choices", "batch size", "shape"]
 
 
 def check_equivalence(
@@ -32,7 +32,7 @@ def check_equivalence(
     *,
     layers: Collection[str] = (),
     altered: Collection[str] = (),
-    vary: Collection[Varied] = ("values", "batch size", "shape"),
+    vary: Collection[Varied] = ("values", "choices", "batch size", "shape"),
     tolerance: float | None = None,
     device: str = "cpu",
     baseline: Runner | None = None,
@@ -103,6 +103,8 @@ def _variations(example: Batch, vary: Collection[Varied], *, branching: bool) ->
         yield from other_values(other)[: None if branching else 1]
     elif "batch size" in vary:
         yield other
+    if "choices" in vary and branching:
+        yield from other_choices(other)
     if "shape" in vary:
         yield from other_shapes(other)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -10,6 +11,9 @@ from typing import Any
 import numpy as np
 
 from bnctl.data.batches import Batch
+
+MOST = 6
+"""Sizes, and choices, that are varied in turn."""
 
 
 def other_batch_sizes(batch: Batch) -> list[Batch]:
@@ -25,46 +29,95 @@ def other_values(batch: Batch) -> list[Batch]:
 
     They find numbers of the example that surgery has baked in, and paths that the example did not take.
     """
+    ways = ((-1.7, 0.0), (1.7, 3.0))
     return [
-        _mapped(batch, partial(_scaled, factor=factor, offset=offset)) for factor, offset in ((-1.7, 0.0), (1.7, 3.0))
+        _mapped(batch, lambda v, k=k, c=c: v * k + c if _is_array(v) and _kind(v) == "f" else v)  # type: ignore[misc]
+        for k, c in ways
     ]
 
 
-def _scaled(value: Any, factor: float, offset: float) -> Any:
-    return value * factor + offset
+def other_choices(batch: Batch, *, arrays: bool = True) -> list[Batch]:
+    """The batch with one choice made otherwise, for each that there is: a flag or a number of Python's, a mask, integers (in another order: they may be
+    indices).
+
+    Args:
+        batch: as given.
+        arrays: vary masks and integers in arrays, too, and not only what Python sees as such.
+    """
+    found: list[Batch] = []
+    for number, leaf in enumerate(_leaves(batch)):
+        if (arrays or not _is_array(leaf)) and _other_choice(leaf) is not leaf:
+            numbers = itertools.count()
+            found.append(
+                _mapped(batch, lambda v, n=number, numbers=numbers: _other_choice(v) if next(numbers) == n else v)  # type: ignore[misc]
+            )
+    return found[:MOST]
+
+
+def _other_choice(value: Any) -> Any:
+    """Something else that might be given there; the value itself where nothing is known."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, float):
+        return value * 1.7 or 1.0
+    if isinstance(value, int):
+        return value - 1 if value > 0 else value + 1
+    kind = _kind(value) if _is_array(value) else ""
+    if kind == "b":
+        return ~value
+    if kind not in {"i", "u"} or 0 in value.shape:
+        return value
+    turned = value if not value.ndim else value.flip(-1) if hasattr(value, "flip") else np.flip(value, -1)
+    if (turned != value).any():
+        return turned
+    return value - 1 if (value > 0).all() else value + 1
 
 
 def other_shapes(batch: Batch) -> list[Batch]:
-    """The batch with longer axes behind the channels, of inputs with three axes or more; many models do not take them.
+    """The batch with longer axes behind the first one; many models do not take them. Axes of one size grow together: height and width, a sequence and its mask.
 
-    By 32, so that what was square stays so and a multiple of 32 one; by 1 and 3, so that neither does: code that pads to a multiple shows only then.
+    By 32, so that what was square stays so and a multiple of 32 one; by 1, and the next such axis of an array by 3, so that neither does: code that pads to a
+    multiple shows only then.
     """
-    ways = (((2, 3, 4), (32, 32)), ((2, 3, 4), (1, 3)), ((1,), (32, 32)))
-    given = [_mapped(batch, partial(_longer, axes=axes, more=more)) for axes, more in ways]
-    return [b for b in given if _sizes(b) != _sizes(batch)]
+    sizes = dict.fromkeys(size for leaf in _leaves(batch) if _is_array(leaf) for size in leaf.shape[1:])
+    return [
+        _mapped(batch, partial(_longer, size=size, more=more))
+        for size in list(sizes)[:MOST]
+        if size
+        for more in ((32, 32), (1, 3))
+    ]
 
 
-def _sizes(batch: Batch) -> list[tuple[int, ...]]:
-    """The shapes of all inputs, in order."""
-    found: list[tuple[int, ...]] = []
-
-    def note(value: Any) -> Any:
-        found.append(tuple(value.shape))
+def _longer(value: Any, size: int, more: tuple[int, int]) -> Any:
+    """Repeat from the start along the axes of a size."""
+    if not _is_array(value):
         return value
-
-    _mapped(batch, note)
-    return found
-
-
-def _longer(value: Any, axes: tuple[int, ...], more: tuple[int, int]) -> Any:
-    """Repeat from the start along some axes; even axes and odd ones may grow by different numbers."""
-    if value.ndim < 3 or (axes == (1,) and value.ndim != 3):
-        return value
-    for axis in (a for a in axes if a < value.ndim):
-        size = value.shape[axis]
-        index = [i % size for i in range(size + more[axis % 2])]
+    for count, axis in enumerate(a for a in range(1, value.ndim) if value.shape[a] == size):
+        index = [i % size for i in range(size + more[min(count, 1)])]
         value = value[(slice(None),) * axis + (index,)]
     return value
+
+
+def _is_array(value: Any) -> bool:
+    """An array or a tensor of numbers."""
+    return hasattr(value, "dtype") and hasattr(value, "ndim") and _kind(value) in {"f", "c", "i", "u", "b"}
+
+
+def _kind(value: Any) -> str:
+    """numpy's letter for the type of an array or a tensor; none for what is not of numbers."""
+    dtype = value.dtype
+    if isinstance(dtype, np.dtype):
+        return "f" if dtype.name.startswith(("bfloat", "float")) else dtype.kind
+    if dtype.is_floating_point:
+        return "f"
+    return "c" if dtype.is_complex else "b" if str(dtype) == "torch.bool" else "i"
+
+
+def _leaves(batch: Batch) -> list[Any]:
+    """What the inputs consist of, in order."""
+    found: list[Any] = []
+    _mapped(batch, lambda value: found.append(value) or value)  # type: ignore[func-returns-value]
+    return found
 
 
 def _mapped(batch: Batch, change: Callable[[Any], Any]) -> Batch:
@@ -73,10 +126,7 @@ def _mapped(batch: Batch, change: Callable[[Any], Any]) -> Batch:
             return {key: walk(inner) for key, inner in value.items()}
         if type(value) in {list, tuple}:
             return type(value)(walk(inner) for inner in value)
-        kind = getattr(getattr(value, "dtype", None), "is_floating_point", None)
-        if kind is None:
-            kind = isinstance(value, np.ndarray) and value.dtype.kind == "f"
-        return change(value) if kind and getattr(value, "ndim", 0) else value
+        return change(value)
 
     kwargs = {name: walk(value) for name, value in batch.kwargs.items()}
     return replace(batch, args=tuple(walk(value) for value in batch.args), kwargs=kwargs)

@@ -160,7 +160,9 @@ class Draft:
                 return Obstacle("BN101", f"{name} is also read by {named}{more}")
             producer = self.graph.producer.get(value)
             if producer is None:
-                return Obstacle("BN104", f"{name} is an input of the model")
+                known = value in self.graph.inputs
+                source = "is an input of the model" if known else "comes from code that is no operator"
+                return Obstacle("BN104", f"{name} {source}")
             moved = backward(self._now(producer), producer, self.graph, value, m)
             if isinstance(moved, Obstacle):
                 return moved

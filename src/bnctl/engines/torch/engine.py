@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
-from bnctl.data.resize import other_shapes, other_values, resized
+from bnctl.data.resize import other_choices, other_shapes, other_values, resized
 from bnctl.engines import Captured
 from bnctl.engines.torch.calibrate import output_moments
 from bnctl.engines.torch.edits import apply_edits
@@ -179,8 +179,9 @@ def _other_passes(module: nn.Module, batch: Batch) -> Others:
             except Exception:  # made for one size
                 continue
 
-    shaped = tuple(passes(other_shapes(batch)))
-    return Others(shaped, True) if shaped else Others(tuple(passes([batch])))
+    numbers = other_choices(batch, arrays=False)
+    shaped, chosen = tuple(passes(other_shapes(batch))), tuple(passes(numbers))
+    return Others((*shaped, *chosen) or tuple(passes([batch])), bool(shaped) and len(chosen) == len(numbers))
 
 
 def _notes(trace: Trace) -> Iterator[str]:

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from bnctl.engines.torch.record import OpCall, Ref, TensorInfo, Trace
+from bnctl.engines.torch.record import READ, OpCall, Ref, TensorInfo, Trace
 
 _ARITHMETIC = frozenset(
     f"aten.{name}{form}.Tensor" for name in ("add", "sub", "mul", "div", "rsub") for form in ("", "_")
 )
-_READS_OF_VALUES = {"aten._local_scalar_dense", "aten.is_nonzero", "aten.equal", "aten.nonzero", "aten.item"}
+_READS_OF_VALUES = {READ.rpartition(".")[0], "aten._local_scalar_dense", "aten.is_nonzero", "aten.equal", "aten.nonzero", "aten.item"}
 
 
 def reads_of_values(trace: Trace) -> Iterator[OpCall]:
@@ -35,11 +35,11 @@ class Others:
 
     Args:
         traces: on inputs that differ.
-        shapes: whether their spatial sizes differ, too: the model takes other ones.
+        telling: whether all differs in them that a number could be computed from: sizes, and the numbers that the model is given.
     """
 
     traces: tuple[Trace, ...] = ()
-    shapes: bool = False
+    telling: bool = False
 
 
 class Passes:
@@ -82,7 +82,7 @@ def settle(trace: Trace, others: Others) -> None:
         trace: the record; changed in place.
         others: further passes.
     """
-    if not others.shapes:
+    if not others.telling:
         return
     settled = settled_operators(trace, others)
     for index, position in list(_operands(trace)):

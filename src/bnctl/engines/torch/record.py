@@ -25,6 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 ALIASED_WRITE = "bnctl.aliased_write"
+READ = "bnctl.read.values"
+"""Python takes the values of a tensor without an operator."""
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,7 @@ def record(
         layer_by_layer(),
         torch._C._AutoDispatchBelowAutograd(),
         recorder.watching_modules(),
+        recorder.watching_values(),
         recorder,
     ):
         result = model(*args, **kwargs)
@@ -332,6 +335,34 @@ class _Recorder(TorchDispatchMode):
         finally:
             for handle in handles:
                 handle.remove()
+
+    @contextmanager
+    def watching_values(self) -> Iterator[None]:
+        """Note where Python takes a tensor's values without an operator: by ``tolist``, ``numpy`` and what rests on it."""
+
+        def watched(name: str) -> Any:
+            method = getattr(Tensor, name)
+
+            def read(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+                if self.versions.get(tensor) is not None:
+                    value = self.value_of(tensor)
+                    self.trace.ops.append(OpCall(READ, (Ref(value),), {}, (value,), (), self.current))
+                return method(tensor, *args, **kwargs)
+
+            return read
+
+        names = ("numpy", "tolist")
+        before = {name: vars(Tensor).get(name) for name in names}
+        for name in names:
+            setattr(Tensor, name, watched(name))
+        try:
+            yield
+        finally:
+            for name, method in before.items():
+                if method is None:
+                    delattr(Tensor, name)
+                else:
+                    setattr(Tensor, name, method)
 
     def finish(self, result: Any) -> None:
         """Note the outputs, and what else outlives the pass."""
