@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import bnctl
-from bnctl.errors import UntrustedError, UsageError
+from bnctl.errors import DataError, ModelError, UntrustedError, UsageError
 from bnctl.fixture import plain, with_bn
 from conftest import BN, CALIBRATION, ONNX_BN, ONNX_PLAIN, PLAIN, faults
 
@@ -228,3 +228,29 @@ def test_the_names_are_there():
     assert all(getattr(bnctl, name) is not None for name in bnctl.__all__)
     with pytest.raises(AttributeError, match="unfold"):
         bnctl.unfold  # noqa: B018
+
+
+def test_what_cannot_be_an_example_is_refused():
+    with pytest.raises(DataError, match="holds no sample"):
+        bnctl.fold(torch.nn.BatchNorm2d(3), torch.randn(0, 3, 8, 8))
+    with torch.device("meta"):
+        net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    with pytest.raises(ModelError, match="Sequential has parameters on the meta device"):
+        bnctl.fold(net, torch.randn(2, 3, 8, 8))
+
+
+@pytest.mark.parametrize("form", ["initializer", "constant"])
+def test_a_sparse_tensor_is_named(form):
+    from onnx import TensorProto, helper, numpy_helper
+
+    values = numpy_helper.from_array(np.ones(2, np.float32), "bias")
+    sparse = helper.make_sparse_tensor(values, numpy_helper.from_array(np.array([0, 2])), [4])
+    constant = [helper.make_node("Constant", [], ["bias"], sparse_value=sparse)] if form == "constant" else []
+    graph = helper.make_graph(
+        [*constant, helper.make_node("Add", ["x", "bias"], ["y"])], "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 4])],
+        sparse_initializer=[sparse] if form == "initializer" else [],
+    )  # fmt: skip
+    with pytest.raises(ModelError, match=r"bias is sparse, and bnctl reads dense ones only"):
+        bnctl.fold(helper.make_model(graph))

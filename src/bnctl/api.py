@@ -12,7 +12,7 @@ from bnctl.commands.fold import fold_model
 from bnctl.commands.insert import DEFAULT_EPS, insert_model
 from bnctl.commands.rounds import FoldOptions
 from bnctl.data.batches import Batch, as_batches
-from bnctl.errors import UsageError
+from bnctl.errors import DataError, UsageError
 from bnctl.models.model import Model
 from bnctl.report import Report
 from bnctl.selection import Selection
@@ -205,25 +205,35 @@ def as_model(model: Any) -> Model:
     if package == "onnx_ir":
         return Model("onnx", model, "the model")
     if package == "onnx":
-        import onnx_ir
+        from bnctl.models.onnx_file import from_proto
 
-        return Model("onnx", onnx_ir.from_proto(model), "the model")
+        return Model("onnx", from_proto(model, "the model"), "the model")
     import torch
 
+    from bnctl.models.open import require_values
     from bnctl.models.origin import Origin
 
     if isinstance(model, torch.nn.Module):
+        require_values(model, type(model).__name__)
         return Model("torch", model, type(model).__name__, origin=Origin(""))
     raise UsageError(f"{type(model).__name__} is no model", hint="give an nn.Module, an onnx.ModelProto, or a path")
 
 
 def as_example(inputs: Any) -> Batch:
-    """A tensor, a tuple of arguments, or a dict of keyword arguments, as a batch."""
+    """A tensor, a tuple of arguments, or a dict of keyword arguments, as a batch.
+
+    Raises:
+        DataError: there is no sample in it.
+    """
     if isinstance(inputs, Batch):
-        return inputs
-    if isinstance(inputs, dict):
-        return Batch((), dict(inputs))
-    return Batch(inputs if isinstance(inputs, tuple) else (inputs,))
+        batch = inputs
+    elif isinstance(inputs, dict):
+        batch = Batch((), dict(inputs))
+    else:
+        batch = Batch(inputs if isinstance(inputs, tuple) else (inputs,))
+    if not batch.size:
+        raise DataError("the example holds no sample: its first axis has length 0", hint="give at least one sample")
+    return batch
 
 
 def _example(model: Model, inputs: Any) -> Batch:

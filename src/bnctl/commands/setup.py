@@ -127,7 +127,8 @@ class Setup:
     def example(self, model: Model) -> Batch:
         """The inputs on which a model is looked at.
 
-        The first batch of `--data`, else drawn at random: as `--input` says, else an ONNX model's signature, else a bundle's record.
+        The first batch of `--data`, else drawn at random: as `--input` says, else an ONNX model's signature, else a bundle's record; else those with which a
+        `.pt2` was exported.
 
         Raises:
             UsageError: none of these is there.
@@ -144,6 +145,11 @@ class Setup:
             return random_batch(input_specs(model.native), seed=self.seed)
         if model.origin is not None and model.origin.inputs:
             return random_batch([parse_input(word) for word in model.origin.inputs], seed=self.seed)
+        if model.program is not None and model.program.example_inputs is not None:
+            from bnctl.data.batches import Batch
+
+            args, kwargs = model.program.example_inputs
+            return Batch(tuple(args), dict(kwargs))
         raise UsageError(
             f"{model.word} does not say what its inputs look like",
             hint="give --input 1x3x224x224 (repeatable) or --data",

@@ -66,7 +66,7 @@ def _model(proto: onnx.ModelProto, file: Path) -> onnx_ir.Model:
     from onnx.external_data_helper import load_external_data_for_tensor
 
     _check_external(proto, file)
-    _refuse_sparse(proto, file)
+    _refuse_sparse(proto, str(file))
     folder = str(file.resolve().parent)
     try:
         for tensor, mapped in _external_tensors(proto):
@@ -82,6 +82,23 @@ def _model(proto: onnx.ModelProto, file: Path) -> onnx_ir.Model:
             hint="the file is damaged, or not of this kind: write it again",
         ) from error
     return model
+
+
+def from_proto(proto: onnx.ModelProto, name: str) -> onnx_ir.Model:
+    """A model that somebody holds in memory.
+
+    Raises:
+        ModelError: something in it is sparse, or it is not valid.
+    """
+    import onnx_ir
+
+    _refuse_sparse(proto, name)
+    try:
+        return onnx_ir.from_proto(proto)
+    except Exception as error:
+        raise ModelError(
+            f"{name} is not a valid ONNX model: {type(error).__name__}: {error}", hint="see what onnx.checker says"
+        ) from error
 
 
 def _list_initializers(model: onnx_ir.Model) -> None:
@@ -191,11 +208,18 @@ def _check_external(proto: onnx.ModelProto, path: Path) -> None:
             )
 
 
-def _refuse_sparse(proto: onnx.ModelProto, path: Path) -> None:
-    for graph in _graphs(proto.graph):
-        if graph.sparse_initializer:
+def _refuse_sparse(proto: onnx.ModelProto, name: str) -> None:
+    for graph in (*_graphs(proto.graph), *(inner for function in proto.functions for inner in _inner_graphs(function))):
+        sparse = [f"initializer {tensor.values.name or '(unnamed)'}" for tensor in graph.sparse_initializer]
+        sparse += [
+            f"the constant {node.output[0]}"
+            for node in graph.node
+            for a in node.attribute
+            if a.HasField("sparse_tensor")
+        ]
+        if sparse:
             raise ModelError(
-                f"{path}: initializer {graph.sparse_initializer[0].values.name or '(unnamed)'} is sparse, and bnctl reads dense ones only",
+                f"{name}: {sparse[0]} is sparse, and bnctl reads dense ones only",
                 hint="write it as a dense tensor (an entry of graph.initializer), or export the model again without sparse weights",
             )
 
@@ -203,6 +227,10 @@ def _refuse_sparse(proto: onnx.ModelProto, path: Path) -> None:
 def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
     """A graph, and those inside its nodes, at any depth."""
     yield graph
+    yield from _inner_graphs(graph)
+
+
+def _inner_graphs(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.GraphProto]:
     for node in graph.node:
         for attribute in node.attribute:
             for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bnctl.errors import UsageError
+from bnctl.errors import ModelError, UsageError
 from bnctl.models.digest import sha256_file
 from bnctl.models.model import Model
 from bnctl.models.origin import Origin
@@ -58,6 +58,19 @@ def open_model(
             return _open_factory(parsed, dict(model_args or {}))
 
 
+def require_values(module: Any, word: str) -> None:
+    """Refuse a module that has shapes only.
+
+    Raises:
+        ModelError: a parameter or a buffer is on torch's meta device.
+    """
+    if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+        raise ModelError(
+            f"{word} has parameters on the meta device: they have shapes, and no values",
+            hint="build it on the CPU (to_empty and load_state_dict), and load its weights",
+        )
+
+
 def _open_onnx(word: OnnxWord) -> Model:
     from bnctl.models.onnx_file import load_with_digest
 
@@ -98,5 +111,6 @@ def _open_factory(word: FactoryWord, args: dict[str, Any]) -> Model:
     if word.weights is not None:
         load_weights(module, word.weights)
         sha256 = sha256_file(word.weights)
+    require_values(module, word.word)
     origin = Origin(word.factory, args, weights=None if word.weights is None else str(word.weights))
     return Model("torch", module, word.word, sha256, origin)

@@ -29,14 +29,34 @@ def as_tensors(
         if isinstance(value, torch.Tensor):
             return _moved(value, place, value.dtype, copy=True)  # a model may write into its input
         if isinstance(value, np.ndarray):
-            tensor = torch.from_numpy(np.array(value))
+            tensor = _from_array(np.array(value))
             return _moved(tensor, place, (tensor.is_floating_point() and float_type) or tensor.dtype, copy=False)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             parts = {f.name: pytree.tree_map(convert, getattr(value, f.name)) for f in dataclasses.fields(value)}
             return dataclasses.replace(value, **parts)
         return value
 
-    return pytree.tree_map(convert, (tuple(batch.args), dict(batch.kwargs)))  # type: ignore[no-any-return]
+    return pytree.tree_map(convert, _by_position(module, tuple(batch.args), dict(batch.kwargs)))  # type: ignore[no-any-return]
+
+
+def _by_position(
+    module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs as an exported graph takes them: it knows the names of its positional inputs, and takes them by position only."""
+    codegen = getattr(module.graph, "_codegen", None) if isinstance(module, torch.fx.GraphModule) else None
+    known = getattr(codegen, "pytree_info", None)
+    if known is None or known.in_spec is None:
+        return args, kwargs
+    names = known.orig_args[: known.in_spec.child(0).num_children]
+    if set(kwargs) != set(names[len(args) :]):
+        return args, kwargs
+    return (*args, *(kwargs[name] for name in names[len(args) :])), {}
+
+
+def _from_array(array: np.ndarray[Any, Any]) -> torch.Tensor:
+    if array.dtype.name == "bfloat16":  # which numpy knows through ml_dtypes only
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def _moved(tensor: torch.Tensor, place: torch.device, dtype: torch.dtype, *, copy: bool) -> torch.Tensor:

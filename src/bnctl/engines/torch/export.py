@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ast
 import inspect
+import io
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,7 +58,7 @@ def to_program(
             if dynamic_axes is not None:
                 hint = "the axes that may have any size must have size 2 or more in the example: see --input"
             elif dynamic_batch:
-                hint = "use --static-batch to fix the batch size, or write a bundle (-o folder/)"
+                hint = "fix the batch size (bnctl export --static-batch), or write a bundle (-o folder/)"
             else:
                 hint = "write a bundle (-o folder/)"
             raise ModelError(f"torch.export cannot capture {name}: {_first_line(error)}", hint=hint) from error
@@ -159,16 +160,15 @@ def _axes_of_any_size(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """The exporter talks on stdout, in logs and in warnings; what matters is raised."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    """The exporter talks on stdout and stderr, in logs and in warnings; what matters is raised."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        logging.disable(disabled)
 
 
 def _first_line(error: Exception) -> str:

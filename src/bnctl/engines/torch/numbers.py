@@ -19,7 +19,14 @@ from bnctl.engines.torch.record import READ, OpCall, Ref, TensorInfo, Trace
 _ARITHMETIC = frozenset(
     f"aten.{name}{form}.Tensor" for name in ("add", "sub", "mul", "div", "rsub") for form in ("", "_")
 )
-_READS_OF_VALUES = {READ.rpartition(".")[0], "aten._local_scalar_dense", "aten.is_nonzero", "aten.equal", "aten.nonzero", "aten.item"}
+_READS_OF_VALUES = {
+    READ.rpartition(".")[0],
+    "aten._local_scalar_dense",
+    "aten.is_nonzero",
+    "aten.equal",
+    "aten.nonzero",
+    "aten.item",
+}
 
 
 def reads_of_values(trace: Trace) -> Iterator[OpCall]:
