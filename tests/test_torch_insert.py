@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import bnctl
 from bnctl.engines.torch.engine import copy_module
 from bnctl.engines.torch.layers import LastAxisBatchNorm
+from bnctl.errors import ModelError
 from bnctl.models.model import Model
 from bnctl.models.origin import Origin
 from nets_traps import FunctionalBN, Net, _fast, error, outputs, randomise  # noqa: F401
@@ -208,3 +209,33 @@ def test_functional_norm_in_an_exported_graph_is_left() -> None:
     graph = exported(model, image())
     assert type(copy_module(graph, "graph")).__name__.endswith("Module")
     assert codes(bnctl.fold(graph, image())) == {"f": "BN109"}
+
+
+class Counting(nn.Module):
+    """Counts its calls, in a buffer or in a parameter."""
+
+    def __init__(self, parameter: bool) -> None:
+        super().__init__()
+        self.c, self.d, self.bn = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+        if parameter:
+            self.calls = nn.Parameter(torch.zeros(()), requires_grad=False)
+        else:
+            self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        return self.bn(self.d(self.c(x).relu()))
+
+
+def test_a_model_that_counts_its_calls_is_left_where_it_was() -> None:
+    model = Counting(parameter=False).eval()
+    for result in (bnctl.insert(model, [torch.randn(2, 3, 8, 8)] * 3), bnctl.fold(model, torch.randn(2, 3, 8, 8))):
+        assert result.model.calls == model.calls == 0
+
+
+def test_a_model_that_writes_into_its_parameters_is_refused_before_that_is_done() -> None:
+    model = Counting(parameter=True).eval()
+    for surgery in (bnctl.fold, lambda model, x: bnctl.insert(model, [x])):
+        with pytest.raises(ModelError, match="writes into its parameter calls"):
+            surgery(model, torch.randn(2, 3, 8, 8))
+    assert model.calls == 0

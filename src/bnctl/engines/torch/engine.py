@@ -79,6 +79,11 @@ class TorchEngine:
                     f"{model.word} fails on the example input: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}",
                     hint="give the shapes that the model takes with --input, or real data with --data",
                 ) from error
+        if trace.overwritten:  # buffers are put back after each pass; copies of all parameters would be too dear
+            raise ModelError(
+                f"the forward of {model.word} writes into its parameter {trace.overwritten[0]}: it could not be left as it was",
+                hint="register as a buffer what the forward counts or averages",
+            )
         others = cache(lambda: _other_passes(module, batch))
         if has_numbers(trace):
             settle(trace, others())
@@ -119,7 +124,9 @@ class TorchEngine:
         self, captured: Captured, sites: Sequence[InsertSite], batches: Iterable[Batch]
     ) -> Mapping[str, Moments]:
         """Moments of the outputs of layers, all calls of a layer together."""
-        return output_moments(captured.native.module, {site.name: _channel_axis(site) for site in sites}, batches)
+        module: nn.Module = captured.native.module
+        with keeping_state(module):
+            return output_moments(module, {site.name: _channel_axis(site) for site in sites}, batches)
 
     def insert(
         self, captured: Captured, sites: Sequence[InsertSite], moments: Mapping[str, Moments], eps: float

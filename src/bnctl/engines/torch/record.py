@@ -111,6 +111,7 @@ class Trace:
         outputs: values of the model's outputs.
         held: values of tensors that outlive the pass.
         viewed: values of which an output is a view.
+        overwritten: names of the parameters that the pass wrote into.
         result: what the model returned.
     """
 
@@ -125,6 +126,7 @@ class Trace:
     outputs: list[int] = field(default_factory=list)
     held: set[int] = field(default_factory=set)
     viewed: set[int] = field(default_factory=set)
+    overwritten: list[str] = field(default_factory=list)
     result: Any = None
 
 
@@ -279,6 +281,8 @@ class _Recorder(TorchDispatchMode):
             self.trace.tensors.update(zip(outputs, fresh, strict=True))
         for tensor in changed:
             self._touch_aliases(tensor)
+            if isinstance(tensor, nn.Parameter):
+                self.trace.overwritten += self.names.get(id(tensor), ())[:1]
         return result
 
     def _with_refs(self, tree: Any) -> Any:
