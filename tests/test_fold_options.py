@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,64 @@ def test_tied_weights_are_left_where_that_is_asked_for() -> None:
     tied = bnctl.fold(net, image(), untie=False)
     assert [(s.action, s.code) for s in tied.report.sites] == [("left", "BN122")]
     assert tied.model.a.weight is tied.model.b.weight
+
+
+class Siamese(nn.Module):
+    """Two convolutions with one weight, before norms that are alike or not."""
+
+    def __init__(self, alike: bool = True, bias: bool = True) -> None:
+        super().__init__()
+        self.a, self.b = Conv(3, 4, 3, bias=bias), Conv(3, 4, 3, bias=bias)
+        self.b.weight, self.b.bias = self.a.weight, self.a.bias
+        self.one = BN(4)
+        self.two = self.one if alike else BN(4)
+        randomise(self)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.one(self.a(x)), self.two(self.b(x + 1))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_layers_that_agree_stay_tied(bias: bool) -> None:
+    model = Siamese(bias=bias)
+    folded = bnctl.fold(model, image()).model
+    assert folded.a.weight is folded.b.weight
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    assert error(outputs(model, image()), outputs(folded, image())) < 1e-5
+    result = bnctl.fold(Siamese(alike=False, bias=bias), image())
+    assert result.model.a.weight is not result.model.b.weight
+    added = (
+        sum(p.numel() for p in (result.model.a.weight, result.model.a.bias)) if bias else result.model.a.weight.numel()
+    )
+    assert result.report.summary["added_parameters"] == added
+
+
+class Four(nn.Module):
+    """The first layer keeps the weight, the second has another norm behind it, and the last two agree."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(Conv(3, 3, 3, padding=1) for _ in range(4))
+        for conv in self.convs:
+            conv.weight = self.convs[0].weight
+        self.one, self.two = BN(3), BN(3)
+        randomise(self)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        a, b, c, d = (conv(x) for conv in self.convs)
+        return [a, self.one(b), self.two(c), self.two(d)]
+
+
+def test_layers_that_agree_share_a_new_weight(tmp_path: Path) -> None:
+    result = bnctl.fold(Four(), image())
+    assert result.report.summary["added_parameters"] == 2 * 81
+    result.save(tmp_path / "four", inputs=image(), factory="test_fold_options:Four")
+    again = bnctl.load(tmp_path / "four", factory=Four)
+    for model in (result.model, again):
+        a, b, c, d = (conv.weight for conv in model.convs)
+        assert c is d
+        assert len({id(a), id(b), id(c)}) == 3
+    assert error(outputs(result.model, image()), outputs(again, image())) == 0
 
 
 def overridable() -> onnx.ModelProto:

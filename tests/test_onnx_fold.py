@@ -118,9 +118,39 @@ def test_untying_is_counted() -> None:
     net = Net(FREE, 4, 6, 6)
     w = net.param(net.normal(4, 4, 3, 3), "w")
     model = net.model(net.bn(net.add("Conv", "x", w), 4), net.bn(net.add("Conv", "x", w), 4))
-    assert plan_fold(lift(model).graph).added_parameters == 2 * 4 * 4 * 9
+    assert plan_fold(lift(model).graph).added_parameters == 4 * 4 * 9  # there are two where there was one
     _, found = fold_and_check(model)
     assert set(found.values()) == {None}
+
+
+@pytest.mark.parametrize("bias", [None, "own", "shared"])
+def test_branches_that_agree_go_on_sharing(bias: str | None) -> None:
+    """One head on three feature maps, as detectors are exported: the same initializers everywhere."""
+    net = Net(FREE, 4, 6, 6)
+    w, statistics = net.param(net.normal(4, 4, 3, 3), "w"), net.statistics(4)
+    common = net.param(net.normal(4))
+    outputs = []
+    for level in range(3):
+        biases = () if bias is None else (common,) if bias == "shared" else (net.param(net.normal(4)),)
+        v = net.add("Conv", net.add("Relu", "x") if level else "x", w, *biases)
+        outputs.append(net.add("BatchNormalization", v, *statistics))
+    plan = plan_fold(lift(net.model(*outputs)).graph)
+    folded = all_folded(net, *outputs)
+    convs = [n for n in folded.graph if n.op_type == "Conv"]
+    assert plan.added_parameters == 0
+    assert len({n.inputs[1].name for n in convs}) == 1
+
+
+def test_a_reader_that_does_not_agree_keeps_the_old_weight() -> None:
+    net = Net(FREE, 4, 6, 6)
+    w, statistics = net.param(net.normal(4, 4, 3, 3), "w"), net.statistics(4)
+    outputs = [net.add("BatchNormalization", net.add("Conv", "x", w), *statistics) for _ in range(2)]
+    plain = net.add("Conv", "x", w)
+    other = net.bn(net.add("Conv", "x", w), 4)
+    assert plan_fold(lift(net.model(*outputs, plain, other)).graph).added_parameters == 2 * 4 * 4 * 9
+    folded = all_folded(net, *outputs, plain, other)
+    weights = [n.inputs[1].name for n in folded.graph if n.op_type == "Conv"]
+    assert len(set(weights)) == 3 and weights[0] == weights[1] and weights[2] == "w"
 
 
 # Trap 4: other readers

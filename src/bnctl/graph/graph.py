@@ -40,14 +40,14 @@ class Slot:
         shape: of the stored array; None for a slot that is empty and can be filled (a layer without bias).
         tensor: name of the stored array. Several slots may hold the same one (tied weights).
         obstacle: set where the slot cannot be written.
-        shared: another place, perhaps one that no operator reads, is known to hold the same array.
+        places: how many places are known to hold the array, this one and such as no operator reads among them.
     """
 
     key: str
     shape: tuple[int, ...] | None
     tensor: str = ""
     obstacle: Obstacle | None = None
-    shared: bool = False
+    places: int = 1
 
     @property
     def size(self) -> int:

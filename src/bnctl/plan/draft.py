@@ -6,7 +6,7 @@ same parameters behind.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy as np
 from bnctl.codes import Obstacle
 from bnctl.graph.affine import AffineMap
 from bnctl.graph.graph import Graph, Node, Slot
-from bnctl.graph.ops import Affine, Identity, Op, Permute, Rearrange, Reshape, Select
+from bnctl.graph.ops import Affine, Identity, LinearOp, Op, Permute, Rearrange, Reshape, Select
 from bnctl.plan.backward import backward, undisturbed
 from bnctl.plan.forward import forward, forward_padded
 from bnctl.plan.moves import Absorb, Choice, Move, Pass
@@ -281,15 +281,31 @@ class Draft:
                 seen.add(node.weight.key)
                 yield Edit(node, tuple(self.absorbed[node_id]))
 
-    def untied(self) -> Iterator[Slot]:
-        """Slots that must get an array of their own before they are written."""
+    def ties(self) -> tuple[list[Slot], dict[str, str]]:
+        """What becomes of arrays that several slots hold: the slots that need one of their own before they are written, and by key those that share the new one
+        of another slot, because both ask for the same. Where nobody keeps the old array, the first slot may have it.
+        """
+        written: dict[str, list[tuple[Edit, Slot]]] = {}
         for edit in self.edits():
-            for slot in (edit.node.weight, edit.node.bias):
-                if slot is not None and self._tied(slot):
-                    yield slot
+            for slot, changes in ((edit.node.weight, edit.scales or edit.takes_ones), (edit.node.bias, True)):
+                if slot is not None and changes and slot.tensor and self._tied(slot):
+                    written.setdefault(slot.tensor, []).append((edit, slot))
+        own: list[Slot] = []
+        shared: dict[str, str] = {}
+        for tensor, holders in written.items():
+            first: list[tuple[Edit, Slot]] = []
+            for edit, slot in holders:
+                same = next((other for e, other in first if _alike(e, edit, slot)), None)
+                if same is None:
+                    first.append((edit, slot))
+                else:
+                    shared[slot.key] = same.key
+            places = max(holders[0][1].places, len(self.graph.tensor_slots.get(tensor, ())))
+            own += [slot for _, slot in first[len(holders) >= places :]]
+        return own, shared
 
     def _tied(self, slot: Slot) -> bool:
-        return slot.shared or len(self.graph.tensor_slots.get(slot.tensor, ())) > 1
+        return slot.places > 1 or len(self.graph.tensor_slots.get(slot.tensor, ())) > 1
 
 
 def _changing(moved: Pass) -> list[tuple[int, AffineMap]]:
@@ -297,7 +313,26 @@ def _changing(moved: Pass) -> list[tuple[int, AffineMap]]:
     return [(value, m) for value, m in moved.maps if len(moved.maps) == 1 or not m.identity]
 
 
-def _equal(one: list[Absorb], two: list[Absorb]) -> bool:
+def _alike(one: Edit, two: Edit, slot: Slot) -> bool:
+    """Whether two edits leave the same behind in a slot of the second: they take the same into the same. A new weight does not depend on the bias."""
+    nodes = one.node, two.node
+    layouts = [
+        (type(op), op.layout, op.weight_factor, op.bias_factor)
+        for op in (n.op for n in nodes)
+        if isinstance(op, LinearOp)
+    ]
+    biases = {n.bias.tensor if n.bias is not None else None for n in nodes}
+    same = one.weight.tensor == two.weight.tensor and (slot is two.node.weight or len(biases) == 1)
+    return (
+        same
+        and len(layouts) == 2
+        and layouts[0] == layouts[1]
+        and not one.takes_ones
+        and _equal(one.absorbs, two.absorbs)
+    )
+
+
+def _equal(one: Sequence[Absorb], two: Sequence[Absorb]) -> bool:
     return len(one) == len(two) and all(
         a.side == b.side and np.array_equal(a.scale, b.scale) and np.array_equal(a.shift, b.shift)
         for a, b in zip(one, two, strict=True)

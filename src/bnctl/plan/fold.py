@@ -33,7 +33,8 @@ class FoldPlan:
         sites: one entry per normalisation layer, and per plain channel affine that is folded.
         edits: one per place that stores a weight, however often it is called.
         removed: affine nodes that become the identity.
-        untied: slots whose array is shared with another slot and becomes their own.
+        untied: slots that shared an array with others, and get one of their own.
+        shared: slots whose new array is that of another slot, by key.
         meaning: the values that the surgery changes. Each is now equal to the old value of the number given here (the output of a removed affine), or to
             none of the old ones: None. An engine whose values have names keeps equal names for equal values.
     """
@@ -42,6 +43,7 @@ class FoldPlan:
     edits: tuple[Edit, ...]
     removed: tuple[Node, ...]
     untied: tuple[Slot, ...] = ()
+    shared: dict[str, str] = field(default_factory=dict)
     meaning: dict[int, int | None] = field(default_factory=dict)
 
     @property
@@ -89,6 +91,7 @@ def plan_fold(
         if len(left) == len(open_sites):
             break
         open_sites = left
+    untied, shared = draft.ties()
     return FoldPlan(
         sites=tuple(
             _report(name, sites[name], into, reasons)
@@ -97,7 +100,8 @@ def plan_fold(
         ),
         edits=tuple(draft.edits()),
         removed=tuple(node for name in into for node in sites[name]),
-        untied=tuple(draft.untied()),
+        untied=tuple(untied),
+        shared=shared,
         meaning={value: old for value, old in draft.meaning.items() if value not in draft.alias and value != old},
     )
 

@@ -229,7 +229,7 @@ def _can_take(node: Node, graph: Graph) -> bool:
     slots = (node.weight, node.bias)
     return all(
         s.obstacle is None
-        and not s.shared
+        and s.places == 1
         and len(graph.slot_readers[s.key]) == 1
         and len(graph.tensor_slots.get(s.tensor, ())) <= 1
         for s in slots

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ def apply_fold(lifted: Lifted, plan: FoldPlan) -> ir.Model:
     """
     editor = Editor(lifted.model)
     for edit in plan.edits:
-        _carry_out(edit, lifted, editor)
+        _carry_out(edit, lifted, editor, plan.shared)
     for node in plan.removed:
         native = lifted.natives[node.id][0]
         names = [None if v is None else v.name for v in native.inputs]
@@ -38,7 +39,14 @@ def apply_fold(lifted: Lifted, plan: FoldPlan) -> ir.Model:
     return editor.model
 
 
-def _carry_out(edit: Edit, lifted: Lifted, editor: Editor) -> None:
+def _carry_out(edit: Edit, lifted: Lifted, editor: Editor, shared: Mapping[str, str]) -> None:
+    def write(slot: Slot | None, place: Place, array: NDArray[np.float64], dtype: ir.DataType) -> None:
+        leader = shared.get(slot.key) if slot is not None else None
+        if leader is None:
+            editor.write(node.layer, place, array, dtype)
+        else:
+            editor.share(place, lifted.places[leader])
+
     node = edit.node
     assert node.weight is not None
     weight, place = _stored(lifted, node.weight)
@@ -52,10 +60,10 @@ def _carry_out(edit: Edit, lifted: Lifted, editor: Editor) -> None:
     if edit.takes_ones:
         editor.append_ones(place.node, old.ndim, ir.DataType.from_numpy(weight.dtype))
     if edit.scales or edit.takes_ones:
-        editor.write(node.layer, place, new, ir.DataType.from_numpy(weight.dtype))
+        write(node.weight, place, new, ir.DataType.from_numpy(weight.dtype))
     if bias_place is None or np.array_equal(new_bias, np.zeros_like(new_bias) if old_bias is None else old_bias):
         return
-    editor.write(node.layer, bias_place, new_bias, ir.DataType.from_numpy(weight.dtype if bias is None else bias.dtype))
+    write(node.bias, bias_place, new_bias, ir.DataType.from_numpy(weight.dtype if bias is None else bias.dtype))
     if bias is None and bias_place.node.op_type == "Gemm":  # without a C, beta had no meaning
         editor.twin(bias_place.node).attributes["beta"] = ir.AttrFloat32("beta", 1.0)
 

@@ -69,6 +69,14 @@ class Editor:
         base = str(old.name) if old is not None else f"{node.outputs[0].name}_bias"
         node.replace_input_with(place.index, self.initializer(layer, base, array, dtype))
 
+    def share(self, place: Place, other: Place) -> None:
+        """Let a node read what another one reads at its place."""
+        assert place.index is not None and other.index is not None
+        node = self.twin(place.node)
+        old = node.inputs[place.index]
+        node.replace_input_with(place.index, self.twin(other.node).inputs[other.index])
+        self.prune(old)
+
     def initializer(self, layer: str, base: str, array: NDArray[np.float64], dtype: ir.DataType) -> ir.Value:
         """A new initializer of the main graph, which is seen from everywhere; ``array`` is cast once, to the given type.
 

@@ -215,7 +215,8 @@ class _Lifter:
         if value is None:
             return Slot(place.key, None)
         constants = self.scope.constants
-        return Slot(place.key, constants.tensor_shape(value) or (), str(value.name), constants.obstacle(value))
+        places = len(value.uses()) + value.is_graph_output()
+        return Slot(place.key, constants.tensor_shape(value) or (), str(value.name), constants.obstacle(value), places)
 
     def _number(self, graph: ir.Graph, value: ir.Value) -> int:
         return self.numbers.setdefault((graph, value), len(self.numbers))

@@ -10,6 +10,7 @@
 | `{"edit": "kernel", "module": "conv1", "kernel": [3, 3], "padding": [1, 1], "dilation": [1, 1]}` | gives a convolution another kernel size, and zeros in it |
 | `{"edit": "replay", "module": "block", "program": {...}}` | lets a module run a list of steps in the place of its code |
 | `{"edit": "untie", "parameter": "conv2.weight"}` | gives a shared parameter a copy of its own |
+| `{"edit": "tie", "parameter": "conv3.weight", "with": "conv2.weight"}` | lets a layer hold the parameter of another one |
 | `{"edit": "insert", "module": "conv1", "norm": "BatchNorm2d", "features": 64, "eps": 1e-05}` | hangs a norm below a layer |
 
 Values come from the state dict, never from an edit.
@@ -137,6 +138,11 @@ def _untie(tree: _Tree, edit: Mapping[str, Any]) -> None:
     owner.register_parameter(name, nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad))
 
 
+def _tie(tree: _Tree, edit: Mapping[str, Any]) -> None:
+    path, _, name = edit["parameter"].rpartition(".")
+    tree.model.get_submodule(path).register_parameter(name, tree.model.get_parameter(edit["with"]))
+
+
 def _insert(tree: _Tree, edit: Mapping[str, Any]) -> None:
     layer = tree.model.get_submodule(edit["module"])
     weight = layer.get_parameter("weight")
@@ -192,5 +198,6 @@ _APPLY = {
     "parameter": _parameter,
     "replay": _replay,
     "untie": _untie,
+    "tie": _tie,
     "insert": _insert,
 }

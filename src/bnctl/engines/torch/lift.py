@@ -129,7 +129,7 @@ class _Lifter(Operands):
         obstacle = None
         if item.value in self.foreign_reads:
             obstacle = Obstacle("BN106", f"{key} is also read by {self.foreign_reads[item.value]}")
-        return Slot(key, shape, names[0], obstacle, shared=len(names) > 1)
+        return Slot(key, shape, names[0], obstacle, places=len(names))
 
     def bias(self, item: Any, weight: Slot | None, call: OpCall) -> Slot | None:
         """The slot of a bias; an empty one where the layer is a plain module without bias; None where there is no room for one."""

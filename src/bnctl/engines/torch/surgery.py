@@ -36,7 +36,9 @@ def apply_fold(model: nn.Module, lifted: Lifted, plan: FoldPlan) -> list[Structu
         if path in lifted.bakes
     ]
     computed = {f"{bake.path}.{name}" for bake in bakes for name in ("weight", "bias")}
-    edits: list[Structural] = [{"edit": "untie", "parameter": s.key} for s in plan.untied if s.key not in computed]
+    own = [slot.key for slot in plan.untied if slot.key not in computed]
+    edits: list[Structural] = [{"edit": "untie", "parameter": key} for key in own]
+    edits += [{"edit": "tie", "parameter": key, "with": other} for key, other in plan.shared.items() if other in own]
     edits += [bake.edit() for bake in bakes]
     edits += [
         room_edit(edit.node, lifted)
@@ -46,15 +48,18 @@ def apply_fold(model: nn.Module, lifted: Lifted, plan: FoldPlan) -> list[Structu
     apply_edits(model, edits)
     for bake in bakes:
         bake.fill(model)
+    shared = {key: to_numpy(model.get_parameter(key)) for key in set(plan.shared.values())}
     for edit in plan.edits:
-        bias_slot = edit.node.bias
+        bias_slot, leader = edit.node.bias, plan.shared.get(edit.weight.key)
         bias = to_numpy(model.get_parameter(bias_slot.key)) if bias_slot is not None else None
-        new_weight, new_bias = new_parameters(edit, to_numpy(model.get_parameter(edit.weight.key)), bias)
+        weight = to_numpy(model.get_parameter(edit.weight.key)) if leader is None else shared[leader]
+        new_weight, new_bias = new_parameters(edit, weight, bias)
         if edit.takes_ones:
             apply_edits(model, [{"edit": "ones", "module": edit.node.layer}])
             edits.append({"edit": "ones", "module": edit.node.layer})
-        write(model, edit.weight, new_weight, edit.node.layer)
-        if bias_slot is not None:
+        if leader is None and (edit.scales or edit.takes_ones):
+            write(model, edit.weight, new_weight, edit.node.layer)
+        if bias_slot is not None and bias_slot.key not in plan.shared:
             write(model, bias_slot, new_bias, edit.node.layer)
     spent = [lifted.removals[layer] for layer in dict.fromkeys(node.layer for node in plan.removed)]
     removals = [removal_edit(removal) for removal in spent if isinstance(removal, Removal)]
