@@ -377,3 +377,25 @@ def test_layers_that_nobody_reads() -> None:
     net.bn(net.bn(net.add("Add", twice, twice), 4, out="dead"), 4, out="deader")
     folded, found = fold_and_check(net.model(net.bn(net.conv("x", 4, 4), 4, out="y")))
     assert found["n_y"] is None and count(folded, "Conv") == 2
+
+
+def test_an_output_without_a_shape_may_stay_so(tmp_path: Path) -> None:
+    net = Net(FREE, 4, 6, 6)
+    net.bn(net.conv("x", 4, 4), 4, out="y")
+    proto = net.proto("y")
+    proto.graph.output[0].type.tensor_type.ClearField("shape")
+    (tmp_path / "m.onnx").write_bytes(proto.SerializeToString())
+    assert cli(["fold", str(tmp_path / "m.onnx"), "-o", str(tmp_path / "folded.onnx")]) == 0
+    written = onnx.load(tmp_path / "folded.onnx")
+    assert not written.graph.output[0].type.tensor_type.HasField("shape")
+
+
+def test_inputs_that_a_model_does_not_take_are_tried_silently(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    net = Net(FREE, "C", "H", "W")
+    net.bn(net.conv("x", 4, 4), 4, out="y")
+    (tmp_path / "m.onnx").write_bytes(net.proto("y").SerializeToString())
+    words = ["fold", str(tmp_path / "m.onnx"), "-o", str(tmp_path / "folded.onnx"), "--input", "x:2x4x6x6", "--quiet"]
+    assert cli(words) == 0
+    assert capfd.readouterr() == ("", "")

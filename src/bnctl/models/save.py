@@ -14,6 +14,7 @@ from bnctl.models.model import Model
 from bnctl.models.write import atomic_path, refuse_existing
 
 if TYPE_CHECKING:
+    import onnx
     from torch import nn
 
     from bnctl.data.batches import Batch
@@ -138,12 +139,31 @@ def _check_onnx(path: Path) -> None:
     import onnx
 
     try:
-        onnx.checker.check_model(str(path))
+        try:
+            onnx.checker.check_model(str(path))
+        except onnx.checker.ValidationError:
+            proto = onnx.load(path, load_external_data=False)
+            if not _give_shapes(proto):
+                raise
+            onnx.checker.check_model(proto)
     except onnx.checker.ValidationError as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
             f"{path.name}: the result is not valid ONNX: {reason}", hint="please report the model; nothing was written"
         ) from error
+
+
+def _give_shapes(proto: onnx.ModelProto) -> bool:
+    """Give some shape to inputs and outputs that have none, and say whether there are such: runtimes take them, the checker does not."""
+    types = [
+        value.type.tensor_type
+        for value in (*proto.graph.input, *proto.graph.output)
+        if value.type.HasField("tensor_type")
+    ]
+    missing = [tensor for tensor in types if not tensor.HasField("shape")]
+    for tensor in missing:
+        tensor.shape.SetInParent()
+    return bool(missing)
 
 
 def _program(model: Model, example: Batch | None, static_batch: bool) -> Any:

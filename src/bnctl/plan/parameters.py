@@ -50,6 +50,6 @@ def check_range(layer: str, array: Array, largest: float) -> None:
     )  # without an array of absolute values
     if not peak <= largest:
         raise OverflowInFoldError(
-            f"{layer}: folded parameters reach {peak:.3g}, beyond the largest value {largest:.3g} of their dtype (BN115)",
-            hint="fold in float32 and convert to half precision afterwards",
+            f"{layer}: its new parameters reach {peak:.3g}, beyond the largest value {largest:.3g} of their dtype (BN115)",
+            hint="leave out the layer that it would take in (--skip), or work in float32 and convert to half precision afterwards",
         )

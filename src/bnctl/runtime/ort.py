@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
-_ERRORS_ONLY = 3
+_FATAL_ONLY = 4
+"""What goes wrong is raised; some inputs are tried to see whether the model takes them."""
 
 
 class OrtRunner:
@@ -159,7 +160,7 @@ class OrtRunner:
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.inter_op.allow_spinning", "0")
-        options.log_severity_level = _ERRORS_ONLY
+        options.log_severity_level = _FATAL_ONLY
         if self._shared_arena:
             options.add_session_config_entry(*arena.ENTRY)
         try:
