@@ -111,3 +111,12 @@ def test_every_error_names_the_next_step(path):
 
 def test_errors_without_hint_are_found():
     assert without_hint('raise UsageError("no")\nraise UsageError("no", hint="do")') == [1]
+
+
+def test_a_code_as_json(cli):
+    ended = cli("explain", "bn101", "--json")
+    assert ended.code == 0
+    assert [code["id"] for code in ended.document["codes"]] == ["BN101"]
+    assert ended.document["codes"][0]["remedy"] == CODES["BN101"].remedy
+    assert len(cli("explain", "--json").document["codes"]) == len(CODES)
+    assert cli("explain", "BN999", "--json").document["error"]["exit_code"] == 2

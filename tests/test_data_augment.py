@@ -140,7 +140,7 @@ def test_the_number_of_the_sample_is_that_in_the_data():
 
     with pytest.raises(DataError, match="the transform fails on sample 9: ValueError: this one") as caught:
         list(augmented(source(4), call, seed=0))
-    assert "float32 (4, 3, 4, 4)" in caught.value.hint
+    assert "float32 (3, 4, 4)" in caught.value.hint
 
 
 @pytest.fixture

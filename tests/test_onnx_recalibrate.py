@@ -286,3 +286,17 @@ def test_the_arena_is_emptied(gives_back: bool, monkeypatch: pytest.MonkeyPatch)
     with arena.shared_arena():
         pass
     assert resident_bytes() - before < 2**25
+
+
+def test_ema_leaves_what_training_would_not_move() -> None:
+    """A BatchNorm of torch without momentum is exported with 1, the weight of the old."""
+    net = plain()
+    for node in net.nodes:
+        if node.op_type == "BatchNormalization" and node.name == "n_b":
+            node.attribute.append(onnx.helper.make_attribute("momentum", 1.0))
+    model, batches = net.model("y"), split(data(6, 3, 8, 8), 3, 3)
+    before = statistics_of(model)["b"]
+    new, sites, _ = recalibrate(model, batches, method="ema")
+    assert {s.name: s.code for s in sites} == {"n_a": None, "n_b": "BN303", "n_c": None}
+    np.testing.assert_array_equal(statistics_of(new)["b"], before)
+    assert all(s.action == "recalibrated" for s in recalibrate(model, batches)[1])

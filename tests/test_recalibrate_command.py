@@ -422,3 +422,51 @@ def test_torchrun_starts_anew_when_a_worker_dies_and_the_run_goes_on() -> None:
     assert "local_rank: 1" in run.stderr  # so torchrun says; the first worker is stopped before it can
     ended(started("-o", "one", "--method", "ema"))
     assert Path("one/model.safetensors").read_bytes() == Path("two/model.safetensors").read_bytes()
+
+
+# ---- what the data may be
+
+
+def test_noise_is_refused_where_something_would_be_written(cli: Any) -> None:
+    words = ("recalibrate", BN, "--data", "random:16", "--input", "1x1x8x8")
+    ended = cli(*words, "-o", "out")
+    assert ended.code == ExitCode.USAGE
+    assert "random:16 is noise" in ended.err
+    assert not Path("out").exists()
+    assert cli(*words, "--dry-run").code == ExitCode.OK
+
+
+def test_a_single_labelled_sample_is_used(cli: Any) -> None:
+    with np.load(TEST) as arrays:
+        np.savez("one.npz", x=arrays["x"][:1], y=arrays["y"][:1])
+    found = report(cli, "--data", "one.npz", "-o", "out")
+    assert found["code"] == ExitCode.OK
+    assert found["summary"]["samples"] == 1
+    ended = cli("recalibrate", BN, "--data", "one.npz", "-o", "again", "--max-drop", "1")
+    assert ended.code == ExitCode.USAGE
+    assert "the data are too few to hold one sample in 5 out" in ended.err
+
+
+def test_nan_in_a_sample_that_judges(cli: Any) -> None:
+    with np.load(TEST) as arrays:
+        x, y = arrays["x"].astype(np.float32), arrays["y"]
+    places = located(len(x), len(x), lambda steps: (Batch((np.arange(len(x)),)) for _ in steps))
+    judging = np.concatenate([batch.args[0] for batch in hold_out(places, 5)[1]])
+    x[judging[3]] = np.nan
+    np.savez("bad.npz", x=x, y=y)
+    ended = cli("recalibrate", BN, "--data", "bad.npz", "-o", "out", "--max-drop", "90")
+    assert ended.code == ExitCode.USAGE
+    assert "batch 0 holds NaN or infinity, in a sample that is held out" in ended.err
+    assert not Path("out").exists()
+    skipped = report(cli, "--data", "bad.npz", "-o", "out", "--on-bad-batch", "skip", "--batch-size", "10")
+    assert skipped["code"] == ExitCode.OK
+    assert skipped["accuracy"][0]["samples"] == len(judging) - 2  # its batch
+
+
+def test_held_out_samples_are_named_where_they_may_be_the_cause(cli: Any) -> None:
+    ended = cli("recalibrate", BN, "--data", TEST, "-o", "out", "--prior", "-1")
+    assert "hold-out" not in ended.err
+    np.savez("narrow.npz", x=np.zeros((20, 1, 8, 6), np.float32), y=np.zeros(20, np.int64))
+    ended = cli("recalibrate", BN, "--data", "narrow.npz", "-o", "out")
+    assert ended.code == ExitCode.USAGE
+    assert "--hold-out 0: none" in ended.err

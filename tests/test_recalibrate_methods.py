@@ -13,7 +13,7 @@ from torch import nn
 
 from bnctl.data.batches import Batch
 from bnctl.engines.torch.recalibrate import recalibrate
-from bnctl.errors import DataError, UsageError
+from bnctl.errors import DataError, ModelError, UsageError
 from bnctl.numerics.moments import Moments
 from bnctl.recalibration.book import Book
 from bnctl.recalibration.estimate import moving_average, with_prior
@@ -392,3 +392,12 @@ def test_a_book_does_not_depend_on_who_noted_what_when() -> None:
     # negative control: merged in another order, the last bits differ
     backwards = [((9 - batch, 1), moments) for (batch, _), moments in notes]
     assert not np.array_equal(entered(backwards, []).seen.values.m2, alone.seen.values.m2)
+
+
+@pytest.mark.parametrize(("mean", "var"), [(np.nan, 1.0), (np.inf, 1.0), (0.0, -1.0), (0.0, np.nan)])
+def test_broken_statistics_are_not_mixed_in(mean: float, var: float) -> None:
+    target = Moments.of(np.random.default_rng(0).normal(size=(9, 1)))
+    old = np.array([mean]), np.array([var])
+    assert with_prior(old, target, 9, 0)[0] == target.mean
+    with pytest.raises(ModelError, match=r"^bn1: its old statistics hold NaN, infinity or a negative variance"):
+        with_prior(old, target, 9, 3, name="bn1")

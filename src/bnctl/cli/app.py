@@ -14,7 +14,7 @@ import typer
 
 from bnctl.cli import config, options
 from bnctl.cli.common import reporting
-from bnctl.cli.output import progress_bar, write_any_character, write_error
+from bnctl.cli.output import progress_bar, write_any_character, write_error, write_json
 from bnctl.commands.setup import Progress, Setup
 from bnctl.errors import BnctlError, ExitCode, Interrupted, ModelError, UsageError
 from bnctl.models.save import Target
@@ -281,15 +281,21 @@ def check(setup: Setup, model: options.ModelWord) -> Report:
 
 @app.command()
 def explain(
+    context: typer.Context,
     code: Annotated[str | None, typer.Argument(metavar="CODE", help="BN101; without it, all codes")] = None,
+    json: options.AsJson = False,
 ) -> None:
     """What a code means, why, and what to do."""
     from rich.console import Console
 
     from bnctl.cli.render import show_code
     from bnctl.codes import CODES
-    from bnctl.commands.explain import find_code
+    from bnctl.commands.explain import document, find_code
 
+    context.find_root().obj["json"] = json
+    if json:
+        write_json(document([find_code(code)] if code is not None else CODES.values()))
+        return
     console = Console()
     if code is not None:
         show_code(find_code(code), console)

@@ -6,6 +6,7 @@ from textwrap import indent
 from typing import TYPE_CHECKING, Any
 
 from rich import table as rich_table
+from rich.cells import cell_len
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
@@ -21,6 +22,12 @@ _STYLES = {
     "folded": "green", "foldable": "green", "inserted": "green", "insertable": "green", "recalibrated": "green",
     "left": "yellow", "finding": "red", "pass": "bold green", "fail": "bold red", "inconclusive": "bold yellow",
 }  # fmt: skip
+_GAP = 2
+"""Blanks between columns."""
+
+_LEAST = 12
+"""Width in letters below which a cell that may wrap is not pressed."""
+
 _VERDICTS = {ExitCode.OK: "green", ExitCode.FAILED: "bold red", ExitCode.INCONCLUSIVE: "bold yellow"}
 
 
@@ -28,7 +35,12 @@ def show(report: Report, console: Console, *, verbose: bool = False) -> None:
     """Print a report."""
     for table in tables(report, verbose=verbose):
         if table.columns and table.columns[0].cells:
-            console.print(_rich(table))
+            shown = _rich(table)
+            needed = sum((column.min_width or 0) + _GAP for column in shown.columns)
+            width = console.width
+            console.width = max(width, needed)  # better lines that the terminal breaks than figures that are cut
+            console.print(shown)
+            console.width = width
         if table.rest:
             console.print(Text(table.rest, style="dim"))
         console.print()
@@ -44,11 +56,13 @@ def show(report: Report, console: Console, *, verbose: bool = False) -> None:
 
 def _rich(table: Table) -> rich_table.Table:
     shown = rich_table.Table(
-        title=table.title, title_justify="left", title_style="bold", header_style="dim", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+        title=table.title, title_justify="left", title_style="bold", header_style="dim", box=None, pad_edge=False, padding=(0, _GAP, 0, 0)
     )  # fmt: skip
     for column in table.columns:
         justify: Any = "right" if column.right else "left"
-        shown.add_column(column.heading, justify=justify, overflow="fold", no_wrap=not column.wraps)
+        longest = max(map(cell_len, (column.heading, *column.cells)))
+        least = min(longest, _LEAST) if column.wraps else longest
+        shown.add_column(column.heading, justify=justify, overflow="fold", no_wrap=not column.wraps, min_width=least)
     for cells in zip(*(column.cells for column in table.columns), strict=True):
         styled = zip(cells, table.columns, strict=True)
         shown.add_row(*(Text(cell, style=_STYLES.get(cell, "") if c.status else "") for cell, c in styled))

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import asdict
 from difflib import get_close_matches
+from typing import Any
 
+from bnctl import __version__
 from bnctl.codes import CODES, Code
 from bnctl.errors import UsageError
+from bnctl.report import SCHEMA_VERSION
+
+
+def document(codes: Iterable[Code]) -> dict[str, Any]:
+    """Codes as one JSON document."""
+    found = [asdict(code) for code in codes]
+    return {"schema_version": SCHEMA_VERSION, "command": "explain", "bnctl": __version__, "codes": found}
 
 
 def find_code(word: str) -> Code:

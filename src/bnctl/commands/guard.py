@@ -72,10 +72,11 @@ def split(batches: Batches, one_in: int, *, needed: str | None) -> tuple[Batches
     if not (labelled and one_in):
         return batches, None
     used, held_out = hold_out(batches, one_in)
-    if next(iter(held_out), None) is None:
+    if next(iter(held_out), None) is None or next(iter(used), None) is None:
         if needed:
             raise UsageError(
-                f"{needed}: one sample in {one_in} is none of these data", hint="give more data, or a lower --hold-out"
+                f"{needed}: the data are too few to hold one sample in {one_in} out",
+                hint="give more data, or another --hold-out",
             )
         return batches, None
     return used, held_out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from bnctl.commands.fold import Outcome
 from bnctl.commands.recalibration import Place, Recalibration, on_engine
 from bnctl.commands.setup import Setup
 from bnctl.data.batches import as_batches, first_of
+from bnctl.data.finite import finite
 from bnctl.data.repeat import repeated
 from bnctl.errors import DataError, ModelError, UsageError
 from bnctl.models.save import Target
@@ -82,6 +84,7 @@ def recalibrate_model(
     new = replace(model, native=found.model, program=None)
     judged = guard.Judged()
     if held_out is not None:
+        held_out = finite(held_out, skip=how.on_bad_batch == "skip")
         judge = guard.judge if place.workers.rank == 0 else None
         own = None if judge is None else judge(model, new, held_out, how.max_drop_pp)
         judged = place.workers.share(own, lambda of_workers: of_workers[0]) or judged
@@ -116,6 +119,11 @@ def run_recalibrate(word: str, target: Target, setup: Setup, how: Recalibration)
     """The command: recalibrate a model and write it, if the guard lets it pass."""
     started = time.perf_counter()
     with _workers() as workers:
+        if (setup.data or "").startswith("random:") and not target.dry_run:
+            raise UsageError(
+                f"{setup.data} is noise, and so would be the statistics of it",
+                hint="give data like those that the model will see; with --dry-run, noise shows what the command takes",
+            )
         model = setup.open(word)
         target.check(model.kind)
         batches = repeated(as_batches(setup.batches()), setup.seed)
@@ -163,10 +171,10 @@ def _notes(found: Recalibrated[Any], how: Recalibration, judged: guard.Judged) -
         yield f"the data were too few for --until {how.until:g}: the worst channel's mean is known to {found.standard_error:.3g} standard deviations"
     elif found.enough is None and math.isinf(found.standard_error):
         yield "a single sample says nothing about how well the means are known"
-    elif found.enough is None and found.standard_error > FEW:
+    elif found.enough is None and found.standard_error > 1.1 * FEW:
         yield (
             f"few data: the worst channel's mean is known to {found.standard_error:.2g} standard deviations; for {FEW:g} it takes about "
-            f"{found.samples * (found.standard_error / FEW) ** 2:,.0f} samples (--until {FEW:g} stops when they are enough)"
+            f"{math.ceil(found.samples * (found.standard_error / FEW) ** 2):,} samples (--until {FEW:g} stops when they are enough)"
         )
     if found.skipped:
         yield f"{len(found.skipped)} batches hold NaN or infinity and were left out: {', '.join(map(str, found.skipped[:10]))}"
@@ -204,7 +212,7 @@ def _naming_what_is_held_out(held_out: bool) -> Iterator[None]:
     try:
         yield
     except (DataError, ModelError) as error:
-        if held_out:
+        if held_out and re.search(r"fails on|expects|does not run", error.message):
             error.hint = f"{error.hint or ''}; batches lack the samples that are held out to judge the result (--hold-out 0: none)".lstrip(
                 "; "
             )

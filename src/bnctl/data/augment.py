@@ -87,7 +87,7 @@ def _samples(value: Any, batch: Batch, call: Callable[[Any], Any], seed: int, na
             except Exception as error:  # whatever the user's code raises
                 raise DataError(
                     f"{name} fails on sample {number}: {type(error).__name__}: {error}",
-                    hint=f"it is given one sample at a time, of {_described(value)}, as a tensor without the batch axis",
+                    hint=f"it is given one sample at a time, without the batch axis: a tensor of {_described(value[position])}",
                 ) from error
     if isinstance(value, list):
         return results

@@ -45,7 +45,7 @@ def other_choices(batch: Batch, *, arrays: bool = True) -> list[Batch]:
         arrays: vary masks and integers in arrays, too, and not only what Python sees as such.
     """
     found: list[Batch] = []
-    for number, leaf in enumerate(_leaves(batch)):
+    for number, leaf in enumerate(leaves(batch)):
         if (arrays or not _is_array(leaf)) and _other_choice(leaf) is not leaf:
             numbers = itertools.count()
             found.append(
@@ -79,7 +79,7 @@ def other_shapes(batch: Batch) -> list[Batch]:
     By 32, so that what was square stays so and a multiple of 32 one; by 1, and the next such axis of an array by 3, so that neither does: code that pads to a
     multiple shows only then.
     """
-    sizes = dict.fromkeys(size for leaf in _leaves(batch) if _is_array(leaf) for size in leaf.shape[1:])
+    sizes = dict.fromkeys(size for leaf in leaves(batch) if _is_array(leaf) for size in leaf.shape[1:])
     return [
         _mapped(batch, partial(_longer, size=size, more=more))
         for size in list(sizes)[:MOST]
@@ -113,7 +113,7 @@ def _kind(value: Any) -> str:
     return "c" if dtype.is_complex else "b" if str(dtype) == "torch.bool" else "i"
 
 
-def _leaves(batch: Batch) -> list[Any]:
+def leaves(batch: Batch) -> list[Any]:
     """What the inputs consist of, in order."""
     found: list[Any] = []
     _mapped(batch, lambda value: found.append(value) or value)  # type: ignore[func-returns-value]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bnctl.numerics.moments import Moments
+from bnctl.recalibration.method import broken_before
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
     """Mean and variance, float64 (C,)."""
 
 
-def with_prior(source: Statistics, target: Moments, samples: int, prior: float) -> Statistics:
+def with_prior(
+    source: Statistics, target: Moments, samples: int, prior: float, *, name: str = "the layer"
+) -> Statistics:
     """Old statistics as if they were `prior` more samples (Schneider et al. 2020, "Improving robustness against common corruptions by covariate shift
     adaptation", eq. 2 and 3).
 
@@ -32,11 +35,17 @@ def with_prior(source: Statistics, target: Moments, samples: int, prior: float) 
         target: what the site saw.
         samples: how many samples of the data that is.
         prior: weight of the source in samples; 0: target alone.
+        name: of the layer, for errors.
+
+    Raises:
+        ModelError: the old statistics are none that could be mixed in.
     """
     variance = target.variance()
     if prior == 0:
         return target.mean, variance
     mean, var = source
+    if not (np.isfinite(mean).all() and np.isfinite(var).all() and (var >= 0).all()):
+        raise broken_before(name)
     weight = prior / (prior + samples)
     delta = mean - target.mean
     return weight * mean + (1 - weight) * target.mean, weight * var + (1 - weight) * (variance + weight * delta * delta)

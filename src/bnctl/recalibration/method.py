@@ -84,6 +84,14 @@ def check_pass(samples: int, before: int | None, *, skipped: bool = False) -> No
         )
 
 
+def broken_before(site: str) -> ModelError:
+    """Old statistics that cannot be mixed in."""
+    return ModelError(
+        f"{site}: its old statistics hold NaN, infinity or a negative variance, and a prior would mix them in",
+        hint="leave --prior out: new statistics from the data alone do not need the old ones",
+    )
+
+
 def does_not_fit(site: str, dtype: str) -> ModelError:
     """New statistics are too large for the type in which the model keeps them."""
     return ModelError(

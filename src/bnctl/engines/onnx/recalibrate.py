@@ -23,6 +23,7 @@ from bnctl.recalibration.memory import DEFAULT_SHARE, available_bytes
 from bnctl.recalibration.method import Method, check_method, one_value, without_sites
 from bnctl.recalibration.seen import Seen, largest_error
 from bnctl.recalibration.statistics import (
+    FROZEN,
     NEVER_REACHED,
     NOT_SELECTED,
     Recalibrated,
@@ -87,7 +88,7 @@ def recalibrate(
     one over one batch in every ``PROBE`` that measures `self_consistency`.
 
     **ema**: what training would leave: the same pass, and ``mean = (1 - a) mean + a mean_b``, ``var = (1 - a) var + a var_b n_b/(n_b - 1)`` after each batch b.
-    The operator's ``momentum`` is the weight of the old, ``1 - a``.
+    The operator's ``momentum`` is the weight of the old, ``1 - a``; a site where that is 1 is left (BN303).
 
     Sites are BatchNormalization nodes of the main graph, and arithmetic that an exporter made of them
     (:mod:`~bnctl.engines.onnx.recalibration.chains`). Each gets initializers of its own, so that nodes that shared a tensor need not agree. Local functions
@@ -120,6 +121,8 @@ def recalibrate(
     found = find_sites(lifted)
     _check_sites(found, name)
     selection.check(found)
+    if method == "ema":
+        found = {name: _moving(site) for name, site in found.items()}
     sites = [site for site in found.values() if isinstance(site, Site) and selection.takes(site.name)]
     bench = Workbench(
         Network(lifted.model, sites), as_batches(batches), threads, name, progress or _silent, on_bad_batch == "skip"
@@ -127,7 +130,9 @@ def recalibrate(
 
     def pooled(site: Site, account: Account) -> Arrays:
         values = account.seen.values
-        return site.encode(with_prior(site.before, values, bench.samples or 0, prior) if values.count else site.before)
+        samples = bench.samples or 0
+        mixed = with_prior(site.before, values, samples, prior, name=site.name) if values.count else site.before
+        return site.encode(mixed)
 
     def averaged(site: Site, account: Account) -> Arrays:
         return site.encode(account.average)
@@ -170,6 +175,16 @@ def _check_sites(found: Mapping[str, Site | Obstacle], name: str) -> None:
     if len(merged) == len(found):
         also = f": in {len(merged)} affines per channel, they may be merged with gamma and beta ({MERGED})"
         raise without_sites(name, also if merged else "")
+
+
+def _moving(site: Site | Obstacle) -> Site | Obstacle:
+    """A site whose statistics training would move."""
+    if isinstance(site, Site) and site.momentum == 0:
+        return Obstacle(
+            FROZEN,
+            "its momentum is 1, with which training leaves the old statistics (so momentum 0 and None are exported)",
+        )
+    return site
 
 
 def _own_statistics(site: Site, index: int, seen: Seen) -> Arrays:

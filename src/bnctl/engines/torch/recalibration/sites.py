@@ -115,7 +115,7 @@ class SiteTable:
         return list(dict.fromkeys((*self._sites, *self._left, *self._known)))
 
 
-_UNREACHED = (NEVER_REACHED, "no batch led to it")
+_UNREACHED = (NEVER_REACHED, "no batch led to a normalisation that reads its statistics")
 
 
 def frozen_on_purpose(model: nn.Module) -> frozenset[str]:

@@ -230,7 +230,8 @@ class Workbench:
 
     def statistics(self, account: Account) -> Statistics:
         """The statistics that follow from what a site saw in a whole pass."""
-        return with_prior(account.site.before, account.seen.values, self.samples or 0, self.prior)
+        site, seen = account.site, account.seen.values
+        return with_prior(site.before, seen, self.samples or 0, self.prior, name=site.name)
 
     def store(self, site: Site, statistics: Statistics) -> None:
         """Give a site its statistics, cast once to their dtype.
