@@ -436,3 +436,16 @@ def test_a_value_of_which_an_output_is_a_part(norm_of_all: bool) -> None:
     (site,) = bnctl.fold(net.eval(), torch.randn(2, 3, 8, 8)).report.sites
     assert (site.name, site.code) == ("bn", "BN102")
     assert "is a view of it" in str(site.reason)
+
+
+@pytest.mark.parametrize("padding", [None, 0])
+def test_an_embedding_takes_scale_and_shift_into_its_rows(padding: int | None) -> None:
+    table = nn.Embedding(7, 4, padding_idx=padding)
+    net = Net(lambda s, t: s.bn(s.table(t).transpose(1, 2)), table=table, bn=nn.BatchNorm1d(4))
+    randomise(net)
+    tokens = torch.arange(14).reshape(2, 7) % 7
+    result = bnctl.fold(net, tokens)
+    assert [(s.name, s.into) for s in result.report.sites] == [("bn", ("table",))]
+    assert error(outputs(net, tokens), outputs(result.model, tokens)) < 1e-5
+    other = Net(lambda s, t: (s.bn(s.table(t).transpose(1, 2)), s.table.weight.sum()), table=table, bn=net.bn)
+    assert [s.code for s in bnctl.fold(other.eval(), tokens).report.sites] == ["BN106"]

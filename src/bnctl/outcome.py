@@ -67,7 +67,7 @@ class Verification:
     """The outcome of comparing a candidate with its baseline.
 
     Attributes:
-        samples: samples compared.
+        samples: samples compared, of those given.
         tolerance: the relative error that still counts as equal.
         passed: whether the two compute the same function, as far as the samples show.
         reason: why not, in one sentence; None if passed.
@@ -77,6 +77,7 @@ class Verification:
         note: why no such layer is given, or what a reader should know of a pass; None if nothing.
         layers: inner layers that were compared too.
         max_layer_error: their largest relative error.
+        varied: samples compared that were made from those given: of other values, in batches of other sizes. Flips are not counted on these.
     """
 
     samples: int
@@ -89,6 +90,7 @@ class Verification:
     note: str | None = None
     layers: int = 0
     max_layer_error: float = 0.0
+    varied: int = 0
 
     @property
     def inconclusive(self) -> bool:
@@ -110,6 +112,7 @@ class Verification:
         first = self.first_difference
         return {
             "samples": self.samples,
+            "varied_samples": self.varied,
             "max_abs_error": _finite(self.max_abs_error),
             "max_rel_error": _finite(self.max_rel_error),
             "tolerance": self.tolerance,

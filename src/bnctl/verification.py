@@ -53,6 +53,7 @@ class _Progress:
 
     limit: float
     samples: int = 0
+    varied: int = 0
     checks: dict[str, OutputCheck] = field(default_factory=dict)
     flips: Flips | None = None
     failed_on: Batch | None = None
@@ -66,7 +67,10 @@ class _Progress:
         noise_of: Callable[[], Mapping[str, float]],
         required: bool,
     ) -> None:
-        self.samples += batch.size
+        if required:
+            self.samples += batch.size
+        else:
+            self.varied += batch.size
         for name, a, b in _pairs(baseline, candidate):
             whole = a.dtype.kind in "iub"
             error = compare(a, b)
@@ -78,7 +82,7 @@ class _Progress:
             self.checks[name] = self.checks.get(name, OutputCheck(name)).with_batch(error, equal, noise, drowned)
             if self.failed_on is None and not equal:
                 self.failed_on, self.failed_varied = batch, not required
-            flips = count_flips(a, b, self.limit)
+            flips = count_flips(a, b, self.limit) if required else None
             if flips is not None:
                 self.flips = (self.flips or Flips()) + flips
 
@@ -122,7 +126,8 @@ def compare_runners(
 
     def outcome(reason: str | None, first: Divergence | None = None, note: str | None = None) -> Verification:
         checks = tuple(progress.checks.values())
-        return Verification(progress.samples, limit, reason is None, reason, checks, progress.flips, first, note)
+        counts = progress.samples, limit, reason is None, reason
+        return Verification(*counts, checks, progress.flips, first, note, varied=progress.varied)
 
     for batch, required in chain(((b, True) for b in batches), ((b, False) for b in where_taken)):
         names = inner.wanted(batch)

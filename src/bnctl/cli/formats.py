@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from bnctl.cli.options import Format
-from bnctl.cli.tables import Table, tables
+from bnctl.cli.tables import Table, samples, tables
 from bnctl.errors import ExitCode
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ def markdown(report: Report, *, verbose: bool = False) -> str:
 def _verification(v: Mapping[str, Any]) -> str:
     word = "Equal" if v["passed"] else "**Different**"
     if v["max_rel_error"] is None:
-        return f"{word} on {v['samples']} samples."
-    return f"{word} on {v['samples']} samples: largest relative error {v['max_rel_error']:.2g}, tolerance {v['tolerance']:.2g}."
+        return f"{word} on {samples(v)}."
+    return f"{word} on {samples(v)}: largest relative error {v['max_rel_error']:.2g}, tolerance {v['tolerance']:.2g}."
 
 
 def _rows(table: Table) -> list[str]:

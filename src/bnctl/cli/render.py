@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from bnctl.cli.tables import Table, tables
+from bnctl.cli.tables import Table, samples, tables
 from bnctl.errors import ExitCode
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def _rich(table: Table) -> rich_table.Table:
 
 def _verification(v: Any) -> Text:
     text = Text("equal", style="green") if v["passed"] else Text("DIFFERENT", style="bold red")
-    text.append(f" on {v['samples']} samples", style="default not bold")
+    text.append(f" on {samples(v)}", style="default not bold")
     if v["max_rel_error"] is not None:
         errors = f": error {v['max_rel_error']:.2g} relative, {v['max_abs_error']:.2g} absolute; tolerance {v['tolerance']:.2g}"
         text.append(errors, style="default not bold")

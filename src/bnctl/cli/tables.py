@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
@@ -67,6 +67,12 @@ def tables(report: Report, *, verbose: bool = False) -> list[Table]:
     if details.get("gates"):
         found.append(_gates(details["gates"]))
     return found
+
+
+def samples(verification: Mapping[str, Any]) -> str:
+    """How many samples a verification rests on."""
+    varied = verification.get("varied_samples")
+    return f"{verification['samples']} samples" + (f" and {varied} varied ones" if varied else "")
 
 
 def _table(title: str, *columns: Column, rest: str = "") -> Table:

@@ -3,7 +3,7 @@
 The weights of every linear operator are brought to one canonical form ``(groups, out, in, *kernel)`` (see
 :class:`bnctl.graph.ops.WeightLayout`), on which both rules are one line each:
 
-    after the operator    y = s*(W x + b) + t      W' = s W,   b' = s b + t
+    after the operator    y = s*(W x + b) + t      W' = s W,   b' = s b + t      (a table of embeddings: W' = s W + t)
     before the operator   y = W (s*x + t) + b      W' = W s,   b' = b + sum_in,kernel(W t)
 
 The second is exact only where the operator sees no padding (or t is 0): the planner has checked that. With zeros around the input and a further channel of
@@ -15,7 +15,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from bnctl.graph.ops import LinearOp
+from bnctl.graph.ops import Embedding, LinearOp
 
 Array = NDArray[np.float64]
 
@@ -30,6 +30,8 @@ def absorb_output(op: LinearOp, weight: Array, bias: Array | None, scale: Array,
         scale: (out channels,).
         shift: (out channels,).
     """
+    if isinstance(op, Embedding):  # one row is looked up and nothing is added up, so that the shift goes into the rows
+        return weight * scale + shift, np.zeros(len(shift))
     canonical = op.layout.canonical(weight)
     groups, out = canonical.shape[:2]
     factor = scale.reshape(groups, out, *[1] * (canonical.ndim - 2))

@@ -44,11 +44,10 @@ def _(op: ops.LinearOp, node: Node, graph: Graph, output: int, m: AffineMap) -> 
         return Obstacle(
             "BN110", f"it varies over shape {m.shape}, but the channels of {op.label} {node.layer} are axis {axis}"
         )
-    if node.bias is None:
-        if np.any(vectors[1] != 0):
-            return Obstacle("BN118", f"{op.label} {node.layer} has no bias, and none can be added")
-    elif node.bias.obstacle:  # a bias is scaled, too, where the shift is 0
+    if node.bias is not None and node.bias.obstacle:  # a bias is scaled, too, where the shift is 0
         return node.bias.obstacle
+    if node.bias is None and not isinstance(op, ops.Embedding) and np.any(vectors[1] != 0):
+        return Obstacle("BN118", f"{op.label} {node.layer} has no bias, and none can be added")
     return Absorb("output", *vectors)
 
 

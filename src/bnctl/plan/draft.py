@@ -14,7 +14,7 @@ import numpy as np
 from bnctl.codes import Obstacle
 from bnctl.graph.affine import AffineMap
 from bnctl.graph.graph import Graph, Node, Slot
-from bnctl.graph.ops import Affine, Identity, LinearOp, Op, Permute, Rearrange, Reshape, Select
+from bnctl.graph.ops import Affine, Embedding, Identity, LinearOp, Op, Permute, Rearrange, Reshape, Select
 from bnctl.plan.backward import backward, undisturbed
 from bnctl.plan.forward import forward, forward_padded
 from bnctl.plan.moves import Absorb, Choice, Move, Pass
@@ -35,8 +35,9 @@ class Edit:
 
     @property
     def scales(self) -> bool:
-        """Whether the weight changes: a shift goes into the bias."""
-        return any(np.any(absorb.scale != 1) for absorb in self.absorbs)
+        """Whether the weight changes: a shift goes into the bias, or into the rows of a table."""
+        table = isinstance(self.node.op, Embedding)
+        return any(np.any(absorb.scale != 1) or (table and np.any(absorb.shift != 0)) for absorb in self.absorbs)
 
     @property
     def takes_ones(self) -> bool:

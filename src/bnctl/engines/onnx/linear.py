@@ -98,7 +98,7 @@ def _bias_behind(node: ir.Node, features: int, scope: Scope) -> Place | None:
 
 
 def _gather(node: ir.Node, scope: Scope) -> Translated | None:
-    """Rows of a constant table, or a selection from a value. The shift of a table goes into an Add behind it."""
+    """Rows of a constant table, or a selection from a value."""
     table, indices = node.inputs[0], node.inputs[1]
     if table not in scope.constants:
         return gather(node, scope)
@@ -107,7 +107,7 @@ def _gather(node: ir.Node, scope: Scope) -> Translated | None:
         return None
     if scope.constants.obstacle(table) is not None:
         return None
-    return Translated(ops.Embedding(WeightLayout(out_first=False)), Place(node, 0), Place(node, None))
+    return Translated(ops.Embedding(WeightLayout(out_first=False)), Place(node, 0))
 
 
 def _weight_shape(node: ir.Node, index: int, scope: Scope) -> tuple[int, ...] | None:
