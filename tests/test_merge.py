@@ -188,7 +188,7 @@ def test_half_precision_overflow_is_refused() -> None:
     net = Net(lambda s, x: s.a(x) + s.b(x), a=Conv(4, 4, 1), b=Conv(4, 4, 1)).half()
     for conv in (net.a, net.b):
         nn.init.constant_(conv.weight, 6e4)
-    with pytest.raises(bnctl.errors.OverflowInFoldError, match="a: folded parameters"):
+    with pytest.raises(bnctl.errors.OverflowInFoldError, match="a: its new parameters"):
         bnctl.fold(net.eval(), image().half(), merge_branches=True)
 
 
