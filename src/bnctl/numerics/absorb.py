@@ -25,8 +25,8 @@ def absorb_output(op: LinearOp, weight: Array, bias: Array | None, scale: Array,
 
     Args:
         op: says how the weight is laid out, and the factors alpha and beta of a Gemm.
-        weight: as stored.
-        bias: as stored, of any shape that broadcasts against (out channels,); None where there is none.
+        weight: as stored, of any float type; it is widened where it is multiplied.
+        bias: as float64, of any shape that broadcasts against (out channels,); None where there is none.
         scale: (out channels,).
         shift: (out channels,).
     """
@@ -61,5 +61,7 @@ def absorb_padded(op: LinearOp, weight: Array, scale: Array, shift: Array) -> Ar
     canonical = op.layout.canonical(weight)
     over_x, over_ones = np.split(canonical, [len(scale)], axis=2)
     ones = [1] * (canonical.ndim - 3)
-    border = (over_x * shift.reshape(1, 1, -1, *ones)).sum(axis=2, keepdims=True) + over_ones.sum(axis=2, keepdims=True)
+    border = (over_x * shift.reshape(1, 1, -1, *ones)).sum(axis=2, keepdims=True) + over_ones.sum(
+        axis=2, keepdims=True, dtype=np.float64
+    )
     return op.layout.stored(np.concatenate([over_x * scale.reshape(1, 1, -1, *ones), border], axis=2))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from bnctl.errors import OverflowInFoldError
 from bnctl.graph.affine import Array
@@ -11,16 +14,16 @@ from bnctl.numerics.absorb import absorb_input, absorb_output, absorb_padded
 from bnctl.plan.draft import Edit
 
 
-def new_parameters(edit: Edit, weight: Array, bias: Array | None) -> tuple[Array, Array]:
+def new_parameters(edit: Edit, weight: NDArray[Any], bias: Array | None) -> tuple[NDArray[Any], Array]:
     """Weight and bias after the edit.
 
     Args:
         edit: what is absorbed, in order.
-        weight: the stored weight (or gamma of a normalisation layer), as float64.
+        weight: the stored weight (or gamma of a normalisation layer), in its own type: what is multiplied by float64 is float64.
         bias: the stored bias (or beta), as float64; None where the slot is empty.
 
     Returns:
-        Both as float64. The bias is an array of zeros where nothing was moved into an empty slot.
+        Both as float64; the weight as it was, where nothing changes it. The bias is an array of zeros where nothing was moved into an empty slot.
     """
     op = edit.node.op
     new_bias = bias

@@ -52,13 +52,13 @@ def _carry_out(edit: Edit, lifted: Lifted, editor: Editor, shared: Mapping[str, 
     weight, place = _stored(lifted, node.weight)
     bias, bias_place = (None, None) if node.bias is None else _stored(lifted, node.bias)
     assert weight is not None
-    old, old_bias = np.asarray(weight, np.float64), None if bias is None else np.asarray(bias, np.float64)
-    new, new_bias = new_parameters(edit, old, old_bias)
+    old_bias = None if bias is None else np.asarray(bias, np.float64)
+    new, new_bias = new_parameters(edit, weight, old_bias)
     for native in lifted.natives[node.id][:-1]:  # a product to which the bias is still to be added
         product = editor.twin(native).outputs[0]
         editor.rename(product, editor.fresh(f"{product.name}_folded"))
     if edit.takes_ones:
-        editor.append_ones(place.node, old.ndim, ir.DataType.from_numpy(weight.dtype))
+        editor.append_ones(place.node, weight.ndim, ir.DataType.from_numpy(weight.dtype))
     if edit.scales or edit.takes_ones:
         write(node.weight, place, new, ir.DataType.from_numpy(weight.dtype))
     if bias_place is None or np.array_equal(new_bias, np.zeros_like(new_bias) if old_bias is None else old_bias):

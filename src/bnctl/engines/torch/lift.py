@@ -62,6 +62,12 @@ def to_numpy(tensor: Tensor) -> Array:
     return tensor.detach().to(device="cpu", dtype=torch.float64).numpy()
 
 
+def stored(tensor: Tensor) -> NDArray[Any]:
+    """A float tensor on the CPU as it is, without a copy where numpy knows its type: arithmetic with float64 widens it piece by piece."""
+    known = tensor.dtype in {torch.float16, torch.float32}
+    return tensor.detach().cpu().numpy() if known else to_numpy(tensor)
+
+
 def lift(trace: Trace, others: Callable[[], Others] = Others) -> Lifted:
     """Translate a trace; ``others`` are further passes of the model, made when they are asked for."""
     return _Lifter(trace, others).lift()

@@ -9,7 +9,7 @@ from torch import nn
 
 from bnctl.engines.torch.edits import Edit as Structural
 from bnctl.engines.torch.edits import apply_edits, removal_edit
-from bnctl.engines.torch.lift import Lifted, to_numpy
+from bnctl.engines.torch.lift import Lifted, stored, to_numpy
 from bnctl.engines.torch.program import Program
 from bnctl.engines.torch.removal import Removal, Splice
 from bnctl.graph.affine import Array
@@ -48,11 +48,11 @@ def apply_fold(model: nn.Module, lifted: Lifted, plan: FoldPlan) -> list[Structu
     apply_edits(model, edits)
     for bake in bakes:
         bake.fill(model)
-    shared = {key: to_numpy(model.get_parameter(key)) for key in set(plan.shared.values())}
+    shared = {key: stored(model.get_parameter(key)) for key in set(plan.shared.values())}
     for edit in plan.edits:
         bias_slot, leader = edit.node.bias, plan.shared.get(edit.weight.key)
         bias = to_numpy(model.get_parameter(bias_slot.key)) if bias_slot is not None else None
-        weight = to_numpy(model.get_parameter(edit.weight.key)) if leader is None else shared[leader]
+        weight = stored(model.get_parameter(edit.weight.key)) if leader is None else shared[leader]
         new_weight, new_bias = new_parameters(edit, weight, bias)
         if edit.takes_ones:
             apply_edits(model, [{"edit": "ones", "module": edit.node.layer}])
