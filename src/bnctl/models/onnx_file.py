@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from bnctl.errors import ModelError
 from bnctl.models.onnx_stream import write_inline
 from bnctl.models.spec import require_file
-from bnctl.models.write import publish, refuse_existing, staging
+from bnctl.models.write import flush, publish, refuse_existing, staging
 
 if TYPE_CHECKING:
     import onnx
@@ -146,10 +146,11 @@ def save_onnx(
                 f"{target} cannot be written: {type(error).__name__}: {error}",
                 hint="is there room on the disk, and may you write there? Nothing was written",
             ) from error
-        if check is not None:
-            check(folder / target.name)
-        with (folder / target.name).open("rb") as written, ThreadPoolExecutor(1) as pool:
-            digest = pool.submit(file_digest, written, "sha256")  # while the disk is busy
+        with (folder / target.name).open("rb") as written, ThreadPoolExecutor(2) as pool:
+            pool.submit(flush, folder)  # the disk is busy meanwhile; there is less to wait for when the file is put in place
+            digest = pool.submit(file_digest, written, "sha256")
+            if check is not None:
+                check(folder / target.name)
             for output in outputs:
                 # No data file is written when every tensor is small.
                 if (folder / output.name).exists():

@@ -58,7 +58,7 @@ def publish(new: Path, path: Path, *, force: bool) -> None:
     if os.path.lexists(path) and (path.is_dir() and not path.is_symlink()) != new.is_dir():
         kind = "a folder" if path.is_dir() else "a file"
         raise UsageError(f"{path} is {kind} and the new output is not", hint="give another output")
-    _flush(new)
+    flush(new)
     if new.is_dir() and path.exists():
         old = new.with_name(f"{new.name}.old")
         path.rename(old)
@@ -93,10 +93,10 @@ def atomic_path(path: str | os.PathLike[str], *, force: bool = False) -> Iterato
         publish(new, target, force=force)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Flush a file, or a folder and all that is in it, to the disk."""
     for child in sorted(path.iterdir()) if path.is_dir() else ():
-        _flush(child)
+        flush(child)
     _flush_entry(path)
 
 
