@@ -212,7 +212,7 @@ def test_the_comparison_accepts_a_right_fold() -> None:
 
 
 def test_the_comparison_notices_a_fold_along_the_wrong_axis(monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(op: LinearOp, weight: Any, bias: Any, scale: Any, shift: Any) -> tuple[Any, Any]:
+    def wrong(op: LinearOp, weight: Any, bias: Any, scale: Any, shift: Any, dtype: Any) -> tuple[Any, Any]:
         """Scales the input channels; Cin == Cout, so that no shape complains."""
         return weight * scale.reshape(1, -1, 1, 1), bias * scale + shift
 
@@ -223,7 +223,7 @@ def test_the_comparison_notices_a_fold_along_the_wrong_axis(monkeypatch: pytest.
 
 def test_the_comparison_notices_a_forgotten_shift(monkeypatch: pytest.MonkeyPatch) -> None:
     right = absorb.absorb_output
-    monkeypatch.setattr(parameters, "absorb_output", lambda op, w, b, s, t: right(op, w, b, s, 0 * t))
+    monkeypatch.setattr(parameters, "absorb_output", lambda op, w, b, s, t, dtype: right(op, w, b, s, 0 * t, dtype))
     with pytest.raises(AssertionError, match="is off by"):
         fold_and_check(_square_net())
 

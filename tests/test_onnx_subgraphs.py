@@ -118,7 +118,7 @@ def test_both_branches_of_an_if(constants: bool) -> None:
 def test_the_check_notices_a_wrong_weight_in_a_branch(monkeypatch: pytest.MonkeyPatch) -> None:
     from bnctl.plan import parameters
 
-    monkeypatch.setattr(parameters, "absorb_output", lambda op, w, b, s, t: (w, b + t))
+    monkeypatch.setattr(parameters, "absorb_output", lambda op, w, b, s, t, dtype: (w, b + t))
     net = flagged()
     net.add("If", "flag", out="y", then_branch=branch("yes", "x", 0), else_branch=branch("no", "x", 1))
     with pytest.raises(AssertionError):

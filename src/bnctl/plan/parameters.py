@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from bnctl.errors import OverflowInFoldError
 from bnctl.graph.affine import Array
 from bnctl.graph.ops import LinearOp
-from bnctl.numerics.absorb import absorb_input, absorb_output, absorb_padded
+from bnctl.numerics.absorb import WIDE, absorb_input, absorb_output, absorb_padded
 from bnctl.plan.draft import Edit
 
 
@@ -19,15 +19,16 @@ def new_parameters(edit: Edit, weight: NDArray[Any], bias: Array | None) -> tupl
 
     Args:
         edit: what is absorbed, in order.
-        weight: the stored weight (or gamma of a normalisation layer), in its own type: what is multiplied by float64 is float64.
+        weight: the stored weight (or gamma of a normalisation layer), in its own type.
         bias: the stored bias (or beta), as float64; None where the slot is empty.
 
     Returns:
-        Both as float64; the weight as it was, where nothing changes it. The bias is an array of zeros where nothing was moved into an empty slot.
+        Both computed in float64; a weight that is only scaled is cast to its own type once. The bias is an array of zeros where nothing was moved into an
+        empty slot.
     """
-    op = edit.node.op
+    op, stored = edit.node.op, weight.dtype
     new_bias = bias
-    for taken in edit.absorbs:
+    for number, taken in enumerate(edit.absorbs, start=1):
         if not isinstance(op, LinearOp):  # a normalisation layer that stays
             weight, new_bias = weight * taken.scale, (0.0 if new_bias is None else new_bias) * taken.scale + taken.shift
             continue
@@ -35,7 +36,8 @@ def new_parameters(edit: Edit, weight: NDArray[Any], bias: Array | None) -> tupl
             weight = absorb_padded(op, weight, taken.scale, taken.shift)
             continue
         absorb = absorb_output if taken.side == "output" else absorb_input
-        weight, new_bias = absorb(op, weight, new_bias, taken.scale, taken.shift)
+        dtype = stored if number == len(edit.absorbs) else WIDE
+        weight, new_bias = absorb(op, weight, new_bias, taken.scale, taken.shift, dtype)
     if new_bias is None:
         assert isinstance(op, LinearOp)
         new_bias = np.zeros(op.layout.channels(weight.shape)[1])

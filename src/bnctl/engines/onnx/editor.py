@@ -88,7 +88,7 @@ class Editor:
 
     def _register(self, base: str, array: NDArray[Any], dtype: ir.DataType) -> ir.Value:
         name = self.fresh(base)
-        tensor = ir.Tensor(array.astype(dtype.numpy()), dtype=dtype, name=name)
+        tensor = ir.Tensor(array.astype(dtype.numpy(), copy=False), dtype=dtype, name=name)
         value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(array.shape), const_value=tensor)
         self.model.graph.register_initializer(value)
         if self.model.ir_version < IR_VERSION_WITH_DEFAULTS:

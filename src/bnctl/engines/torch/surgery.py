@@ -107,8 +107,10 @@ def write(model: nn.Module, slot: Slot, array: Array, layer: str) -> None:
     """
     parameter = model.get_parameter(slot.key)
     check_range(layer, array, torch.finfo(parameter.dtype).max)
+    new = torch.from_numpy(array).reshape(parameter.shape)
     # Into fresh memory: another parameter may be a view of the old.
-    parameter.data = torch.empty_like(parameter.data).copy_(torch.from_numpy(array).reshape(parameter.shape))
+    fits = (new.dtype, new.device, new.stride()) == (parameter.dtype, parameter.device, parameter.stride())
+    parameter.data = new if fits else torch.empty_like(parameter.data).copy_(new)
 
 
 def _owner(key: str) -> str:
