@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from bnctl.data.batches import Batch
-from bnctl.data.resize import other_batch_sizes
+from bnctl.data.resize import other_batch_sizes, other_choices, other_shapes, other_values
 from bnctl.errors import ModelError, UsageError
 from bnctl.numerics.compare import compare, count_flips, rms, tolerance
 from bnctl.runtime.torch import TorchRunner
@@ -357,3 +357,42 @@ class TestOtherBatchSizes:
         images = [np.ones((3, 5)), np.ones((3, 6)), np.ones((3, 7)), np.ones((3, 8))]
         given = Batch(args=(images,), kwargs={}, labels=None)
         assert [len(other.args[0]) for other in other_batch_sizes(given)] == [1, 3]
+
+
+class TestVariations:
+    def test_choices_are_made_otherwise_one_at_a_time(self):
+        batch = Batch((np.arange(6).reshape(2, 3), True, 0.0, "mode", None), {"n": 3, "mask": np.zeros((2, 3), bool)})
+        found = other_choices(batch)
+        changed = [
+            [
+                a is not b
+                for a, b in zip((*o.args, *o.kwargs.values()), (*batch.args, *batch.kwargs.values()), strict=True)
+            ]
+            for o in found
+        ]
+        assert [row.index(True) for row in changed] == [0, 1, 2, 5, 6]
+        assert all(sum(row) == 1 for row in changed)
+        assert found[0].args[0].tolist() == [[2, 1, 0], [5, 4, 3]]
+        assert (found[1].args[1], found[2].args[2], found[3].kwargs["n"]) == (False, 1.0, 2)
+        assert found[4].kwargs["mask"].all()
+        assert len(other_choices(batch, arrays=False)) == 3
+
+    @pytest.mark.parametrize("make", [np.array, torch.tensor])
+    def test_integers_stay_in_range(self, make):
+        for before, expected in (([5, 5], [4, 4]), ([0, 0], [1, 1]), (7, 6), ([1, 2], [2, 1])):
+            assert other_choices(Batch((make(before),)))[0].args[0].tolist() == expected
+
+    def test_axes_of_one_size_grow_together(self):
+        batch = Batch(
+            (np.zeros((2, 7, 4), np.float32),), {"mask": np.zeros((2, 7), bool), "table": torch.zeros(3, 5, 5)}
+        )
+        shapes = [[v.shape for v in (*o.args, *o.kwargs.values())] for o in other_shapes(batch)]
+        assert shapes[:2] == [[(2, 39, 4), (2, 39), (3, 5, 5)], [(2, 8, 4), (2, 8), (3, 5, 5)]]
+        assert shapes[-2:] == [[(2, 7, 4), (2, 7), (3, 37, 37)], [(2, 7, 4), (2, 7), (3, 6, 8)]]
+
+    def test_what_is_not_dense_numbers_stays(self):
+        batch = Batch((torch.eye(3).to_sparse(), np.array(["a", "b"]), torch.zeros(2, 3, dtype=torch.bfloat16)))
+        for other in (*other_values(batch), *other_choices(batch), *other_shapes(batch)):
+            assert other.args[0] is batch.args[0]
+            assert other.args[1] is batch.args[1]
+        assert other_values(batch)[1].args[2].dtype == torch.bfloat16

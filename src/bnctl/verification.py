@@ -47,6 +47,10 @@ DROWNED = 1e-2
 """Relative error from which on agreement by the allowance for rounding is no evidence."""
 
 
+VARIED = "on inputs varied from the given ones"
+"""Said of a failure that the given samples alone do not show."""
+
+
 @dataclass
 class _Progress:
     """What is known after some batches; outputs themselves are not kept."""
@@ -175,7 +179,7 @@ def _reason(progress: _Progress) -> str | None:
     for check in progress.checks.values():
         if not check.equal:
             detail = check.mismatch or f"relative error {check.max_rel:.3g}, tolerance {progress.limit:.3g}"
-            where = " on inputs varied from the given ones" if progress.failed_varied else ""
+            where = f" {VARIED}" if progress.failed_varied else ""
             return f"output {check.name!r} differs{where}: {detail}"
     if not any(check.informative for check in progress.checks.values()):
         return NO_EVIDENCE

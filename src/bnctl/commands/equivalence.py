@@ -12,7 +12,7 @@ from bnctl.data.resize import other_choices, other_shapes, other_values, resized
 from bnctl.errors import BnctlError, EquivalenceError
 from bnctl.runtime import Runner, open_runner
 from bnctl.runtime.ahead import Ahead
-from bnctl.verification import Verification, compare_layers, compare_runners
+from bnctl.verification import VARIED, Verification, compare_layers, compare_runners
 
 if TYPE_CHECKING:
     from bnctl.data.batches import Batch
@@ -152,10 +152,15 @@ def require(verification: Verification, command: str, word: str, culprits: Seque
     where = f"; they part at {first.name}" if first is not None else ""
     where += f". It is the {command} of {_listed(culprits)} that does it" if culprits else ""
     skip = " ".join(f"--skip {name!r}" for name in culprits[:4]) or "--skip"
+    varied = (
+        "; what never changes (a flag, a number) can be fixed in a wrapper around the model"
+        if VARIED in str(verification.reason)
+        else ""
+    )
     leave_out = "" if command == "export" else f"leave the layer out with {skip}, or "
     raise EquivalenceError(
         f"{command} of {word} does not preserve the function: {verification.reason}{where}. Nothing was written.",
-        hint=f"{leave_out}try other inputs with --data; please report the model",
+        hint=f"{leave_out}try other inputs with --data{varied}; please report the model",
         verification=verification.to_dict(),
     )
 

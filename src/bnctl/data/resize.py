@@ -16,6 +16,9 @@ MOST = 6
 """Sizes, and choices, that are varied in turn."""
 
 
+_KINDS = {"float": "f", "bfloat": "f", "complex": "c", "int": "i", "uint": "u", "bool": "b"}
+
+
 def other_batch_sizes(batch: Batch) -> list[Batch]:
     """The samples of a batch again as batches of other sizes: one and three, as far as the batch has another size.
 
@@ -99,18 +102,15 @@ def _longer(value: Any, size: int, more: tuple[int, int]) -> Any:
 
 
 def _is_array(value: Any) -> bool:
-    """An array or a tensor of numbers."""
-    return hasattr(value, "dtype") and hasattr(value, "ndim") and _kind(value) in {"f", "c", "i", "u", "b"}
+    """A dense array or tensor of numbers."""
+    dense = str(getattr(value, "layout", "torch.strided")) == "torch.strided" and not getattr(value, "is_nested", False)
+    return dense and hasattr(value, "dtype") and hasattr(value, "ndim") and _kind(value) in {"f", "c", "i", "u", "b"}
 
 
 def _kind(value: Any) -> str:
     """numpy's letter for the type of an array or a tensor; none for what is not of numbers."""
-    dtype = value.dtype
-    if isinstance(dtype, np.dtype):
-        return "f" if dtype.name.startswith(("bfloat", "float")) else dtype.kind
-    if dtype.is_floating_point:
-        return "f"
-    return "c" if dtype.is_complex else "b" if str(dtype) == "torch.bool" else "i"
+    name = str(value.dtype).removeprefix("torch.")
+    return next((kind for start, kind in _KINDS.items() if name.startswith(start)), "")
 
 
 def leaves(batch: Batch) -> list[Any]:
@@ -128,8 +128,8 @@ def _mapped(batch: Batch, change: Callable[[Any], Any]) -> Batch:
             return type(value)(walk(inner) for inner in value)
         return change(value)
 
-    kwargs = {name: walk(value) for name, value in batch.kwargs.items()}
-    return replace(batch, args=tuple(walk(value) for value in batch.args), kwargs=kwargs)
+    args = tuple(walk(value) for value in batch.args)
+    return replace(batch, args=args, kwargs={name: walk(value) for name, value in batch.kwargs.items()})
 
 
 def resized(batch: Batch, size: int) -> Batch:
