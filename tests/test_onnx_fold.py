@@ -395,3 +395,16 @@ def test_overflow_is_refused() -> None:
     model = net.model(net.add("BatchNormalization", net.conv("x", 4, 4), *stats))
     with pytest.raises(OverflowInFoldError, match="BN115"):
         fold(model)
+
+
+@pytest.mark.parametrize(("factor", "code"), [(1, None), (0, "BN119"), (-1, "BN113")])
+def test_a_maximum_that_also_says_where_it_is(factor: int, code: str | None) -> None:
+    """Indices for an unpooling behind: a positive scale does not move the maxima, and of equal values nobody knows which one is taken."""
+    net = Net(FREE, 4, 6, 6)
+    pooled = net.add("MaxPool", net.conv("x", 4, 4, 3), outputs=2, kernel_shape=[2, 2], strides=[2, 2])
+    gamma, *others = net.statistics(4)
+    gamma = net.param(np.array([1.0, 2.0, 0.5, 1.5]) * (1, 1, factor, 1))
+    v = net.add("BatchNormalization", pooled, gamma, *others)
+    y = net.add("MaxUnpool", v, f"{pooled}_1", kernel_shape=[2, 2], strides=[2, 2])
+    _, found = fold_and_check(net.model(y))
+    assert list(found.values()) == [code]

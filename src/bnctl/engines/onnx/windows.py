@@ -24,7 +24,11 @@ def _average_pool(node: ir.Node, scope: Scope) -> Translated | None:
 
 def _max_pool(node: ir.Node, scope: Scope) -> Translated | None:
     rank = scope.rank(node.inputs[0])
-    return None if rank is None else Translated(ops.MaxPool(rank - 2))
+    if rank is None:
+        return None
+    return Translated(
+        ops.MaxPool(rank - 2), outputs=tuple(v for v in node.outputs if v.name)
+    )  # positions are the second
 
 
 def _global(kind: Literal["mean", "max"]) -> Rule:
