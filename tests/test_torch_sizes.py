@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bnctl
-from bnctl.errors import EquivalenceError
+from bnctl.errors import EquivalenceError, ModelError
 from nets_traps import error, outputs, randomise
 
 
@@ -255,3 +256,105 @@ def test_what_comes_from_outside_of_torch_is_no_input_of_the_model() -> None:
     site = bnctl.fold(model, (IMAGES, None)).report.to_dict()["sites"][0]
     assert site["code"] == "BN104"
     assert "comes from code that is no operator" in site["reason"]
+
+
+# ---- what a review broke
+
+
+class Depending(nn.Module):
+    """The second input is as long as the first after a convolution: neither can grow alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.d = nn.BatchNorm1d(3), nn.Conv1d(3, 3, 3)
+        randomise(self)
+
+    def forward(self, x: Tensor, before: Tensor) -> Tensor:
+        y = self.d(F.pad(self.bn(x), (0, -x.shape[-1] % 4)))
+        return y.sum(-1, keepdim=True) + before + x[..., 2:]
+
+
+class Last(nn.Module):
+    """Takes many inputs, and pads the last one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn, self.d = nn.BatchNorm2d(3), nn.Conv2d(3, 8, 3)
+        randomise(self)
+
+    def forward(self, *images: Tensor) -> Tensor:
+        x = images[-1]
+        y = self.d(F.pad(self.bn(x), (0, -x.shape[-1] % 4, 0, -x.shape[-2] % 4)))
+        return y + sum(image.mean() for image in images)
+
+
+@pytest.mark.parametrize(
+    ("model", "shapes", "others"),
+    [
+        (Depending(), [(2, 3, 20), (2, 3, 18)], [(2, 3, 25), (2, 3, 23)]),
+        (
+            Last(),
+            [(2, 3, 21, 22), (2, 3, 23, 25), (2, 3, 26, 27), (2, 3, 16, 12)],
+            [(2, 3, 9, 9)] * 3 + [(2, 3, 19, 17)],
+        ),
+    ],
+)
+def test_sizes_that_hang_together_and_many_sizes(model: nn.Module, shapes: Any, others: Any) -> None:
+    result = bnctl.fold(model, tuple(torch.randn(shape) for shape in shapes))
+    given = tuple(torch.randn(shape) for shape in others)
+    assert error([model(*given).detach()], [result.model(*given).detach()]) < 1e-5
+
+
+@dataclass
+class Config:
+    scale: float
+
+
+@pytest.mark.parametrize(
+    ("code", "given"),
+    [
+        (lambda s, x, *k: s.bn(s.c(x) * k[6]) + sum(k), (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 2.0)),
+        (lambda s, x, k: s.bn(s.c(x) * k.scale), (Config(2.0),)),
+        (lambda s, x, k: s.bn(s.c(x) * k.real), (2 + 1j,)),
+        (lambda s, x, k: s.bn(s.c(x) * (k // 2)), (3,)),
+        (lambda s, x, k: s.bn(s.c(x) * max(k, 4)), (3,)),
+        (lambda s, x, k: s.bn(s.c(x) * min(k, 1.0)), (2.0,)),
+        (lambda s, x, k: s.bn(s.c(x) * int(k)), (np.int64(2),)),
+    ],
+)
+def test_numbers_in_any_form_and_number(code: Any, given: tuple[Any, ...]) -> None:
+    class Given(Steered):
+        def forward(self, x: Tensor, *k: Any) -> Tensor:  # type: ignore[override]
+            return self.code(self, x, *k)
+
+    site = bnctl.fold(Given(code), (IMAGES, *given)).report.to_dict()["sites"][0]
+    assert (site["action"], site["code"]) == ("left", "BN116")
+
+
+def test_an_empty_input_beside_others_is_no_empty_example() -> None:
+    model = Steered(lambda s, x, k: s.bn(s.c(k)))
+    for empty in ([], torch.zeros(0, 4)):
+        assert bnctl.fold(model, (empty, IMAGES)).report.summary["folded"] == 1
+
+
+def test_the_check_draws_no_random_numbers_of_the_process() -> None:
+    model = Steered(lambda s, x, k: F.dropout(s.bn(s.c(x)), 0.5, k))
+    state = torch.get_rng_state()
+    bnctl.fold(model, (IMAGES, False))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_parameters_that_are_written_through_views() -> None:
+    for write in (lambda w: w[0].mul_(0.9), lambda w: w.data.mul_(0.9)):
+        model = Steered(lambda s, x, k, write=write: (write(s.c.weight), s.bn(s.c(x)))[1])
+        before = model.c.weight.clone()
+        with pytest.raises(ModelError, match=r"writes into its parameter c\.weight"):
+            bnctl.fold(model, (IMAGES, None))
+        assert torch.equal(model.c.weight, before)
+
+
+def test_tables_that_shorten_their_rows_are_no_counters() -> None:
+    table, bn = nn.Embedding(7, 4, max_norm=1.0), nn.BatchNorm1d(4)
+    net = Steered(lambda s, t, k: bn(table(t).transpose(1, 2)))
+    net.table, net.norm = table, bn
+    assert bnctl.fold(net, (torch.arange(14).reshape(2, 7) % 7, None)).report.summary["found"] == 1

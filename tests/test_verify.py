@@ -6,7 +6,8 @@ import copy
 import json
 import math
 from collections.abc import Collection, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -359,10 +360,15 @@ class TestOtherBatchSizes:
         assert [len(other.args[0]) for other in other_batch_sizes(given)] == [1, 3]
 
 
+class Point(NamedTuple):
+    x: Any
+    y: int
+
+
 class TestVariations:
     def test_choices_are_made_otherwise_one_at_a_time(self):
         batch = Batch((np.arange(6).reshape(2, 3), True, 0.0, "mode", None), {"n": 3, "mask": np.zeros((2, 3), bool)})
-        found = other_choices(batch)
+        found = [ways[0] for ways in other_choices(batch)]
         changed = [
             [
                 a is not b
@@ -380,19 +386,45 @@ class TestVariations:
     @pytest.mark.parametrize("make", [np.array, torch.tensor])
     def test_integers_stay_in_range(self, make):
         for before, expected in (([5, 5], [4, 4]), ([0, 0], [1, 1]), (7, 6), ([1, 2], [2, 1])):
-            assert other_choices(Batch((make(before),)))[0].args[0].tolist() == expected
+            assert other_choices(Batch((make(before),)))[0][0].args[0].tolist() == expected
 
     def test_axes_of_one_size_grow_together(self):
         batch = Batch(
             (np.zeros((2, 7, 4), np.float32),), {"mask": np.zeros((2, 7), bool), "table": torch.zeros(3, 5, 5)}
         )
-        shapes = [[v.shape for v in (*o.args, *o.kwargs.values())] for o in other_shapes(batch)]
-        assert shapes[:2] == [[(2, 39, 4), (2, 39), (3, 5, 5)], [(2, 8, 4), (2, 8), (3, 5, 5)]]
+        shapes = [[tuple(v.shape) for v in (*o.args, *o.kwargs.values())] for o in other_shapes(batch)]
+        assert shapes[:2] == [[(2, 7, 36), (2, 7), (3, 5, 37)], [(2, 7, 5), (2, 7), (3, 5, 6)]]
+        assert shapes[2:4] == [[(2, 39, 4), (2, 39), (3, 5, 5)], [(2, 8, 4), (2, 8), (3, 5, 5)]]
         assert shapes[-2:] == [[(2, 7, 4), (2, 7), (3, 37, 37)], [(2, 7, 4), (2, 7), (3, 6, 8)]]
+        images = Batch((np.zeros((2, 3, 8, 8), np.float32),))
+        assert len(other_shapes(images)) == 4  # height and width are also all axes behind the channels
+
+    def test_more_sizes_than_are_varied_in_turn_are_varied_together(self):
+        batch = Batch(tuple(np.zeros((2, n), np.float32) for n in range(11, 20)))
+        shapes = [tuple(v.shape[1] for v in o.args) for o in other_shapes(batch)]
+        assert (*range(11, 17), 49, 50, 51) in shapes
+
+    def test_dataclasses_and_named_tuples_are_looked_into(self):
+        @dataclass
+        class Config:
+            scale: float
+
+        batch = Batch((Point(np.ones(2, np.float32), 3), Config(2.0)))
+        changed = [way.args for ways in other_choices(batch) for way in ways]
+        assert [args[0].y for args in changed] == [2, 9, 3, 3]
+        assert [args[1].scale for args in changed] == [2.0, 2.0, 0.6, 7.0]
+        assert other_values(batch)[0].args[0].x.tolist() == pytest.approx([-1.7, -1.7])
+
+    @pytest.mark.parametrize("dtype", [torch.uint16, torch.float8_e4m3fn])
+    def test_types_with_which_torch_can_do_little(self, dtype):
+        batch = Batch((torch.zeros(2, 3).to(dtype),))
+        for ways in (other_values, other_choices, other_shapes):
+            ways(batch)
 
     def test_what_is_not_dense_numbers_stays(self):
         batch = Batch((torch.eye(3).to_sparse(), np.array(["a", "b"]), torch.zeros(2, 3, dtype=torch.bfloat16)))
-        for other in (*other_values(batch), *other_choices(batch), *other_shapes(batch)):
+        assert other_choices(batch) == []
+        for other in (*other_values(batch), *other_shapes(batch)):
             assert other.args[0] is batch.args[0]
             assert other.args[1] is batch.args[1]
         assert other_values(batch)[1].args[2].dtype == torch.bfloat16

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import bnctl
 from bnctl.data.batches import Batch
 from bnctl.runtime.noise import rounding_noise
 from bnctl.runtime.torch import TorchRunner
@@ -130,3 +133,11 @@ def test_whole_numbers_that_rounding_decides_on_are_no_evidence(batch: Batch) ->
     for gap, passes in ((0.0, True), (1.0, False)):
         result = compare_runners(TorchRunner(Ranked(gap)), TorchRunner(Ranked(gap, turned=True)), [batch])
         assert result.passed is passes
+
+
+def test_bfloat16_inputs_of_models_that_differ() -> None:
+    one = torch.nn.Sequential(torch.nn.Linear(4, 4)).bfloat16()
+    other = copy.deepcopy(one)
+    other[0].weight.data[0] += 1
+    found = bnctl.verify(one, other, [torch.randn(3, 4).bfloat16()])
+    assert not found.passed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -104,7 +104,7 @@ def _variations(example: Batch, vary: Collection[Varied], *, branching: bool) ->
     elif "batch size" in vary:
         yield other
     if "choices" in vary and branching:
-        yield from other_choices(other)
+        yield from chain.from_iterable(other_choices(other))
     if "shape" in vary:
         yield from other_shapes(other)
 
@@ -118,14 +118,19 @@ def _may_branch(model: Model) -> bool:
     return next(iter(bodies), None) is not None
 
 
-def keeping(model: Model) -> AbstractContextManager[None]:
+def keeping(model: Model) -> AbstractContextManager[object]:
     """Leave a torch model as it is: running it may count, cache, or update statistics."""
     if model.kind == "onnx":
         return nullcontext()
+    import torch
+
     from bnctl.engines.torch.engine import keeping_state
 
     native: Any = model.native
-    return keeping_state(native)
+    both = ExitStack()
+    both.enter_context(torch.random.fork_rng(devices=[]))
+    both.enter_context(keeping_state(native))
+    return both
 
 
 def require(verification: Verification, command: str, word: str, culprits: Sequence[str] = ()) -> None:

@@ -36,13 +36,13 @@ class Batch:
 
     @property
     def size(self) -> int:
-        """Number of samples: the length of the first input that has one.
+        """Number of samples: the length of the first input that has one, and is not empty.
 
         Of an array that is axis 0; a list or tuple (of images, say) has one item per sample; dicts and dataclasses are
         looked into. One, where no input has a length.
         """
-        lengths = (_length(value) for value in (*self.args, *self.kwargs.values()))
-        return next((length for length in lengths if length is not None), 1)
+        lengths = [length for value in (*self.args, *self.kwargs.values()) if (length := _length(value)) is not None]
+        return next(filter(None, lengths), 0 if lengths else 1)
 
     def rows(self, indices: NDArray[np.int64]) -> Batch:
         """Some samples of the batch, as copies: of every part whose length is the batch's size, those at `indices` (K,)."""
@@ -273,6 +273,8 @@ def _parts(item: Any, where: str) -> tuple[tuple[Any, ...], dict[str, Any], Any]
 
 
 def _length(value: Any) -> int | None:
+    if getattr(value, "is_nested", False):  # it knows no other size
+        return int(value.size(0))
     shape = getattr(value, "shape", None)
     if shape is not None:
         return int(shape[0]) if len(shape) else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,10 +13,10 @@ import numpy as np
 from bnctl.data.batches import Batch
 
 MOST = 6
-"""Sizes, and choices, that are varied in turn."""
+"""Sizes that are varied by themselves; the others together."""
 
 
-_KINDS = {"float": "f", "bfloat": "f", "complex": "c", "int": "i", "uint": "u", "bool": "b"}
+_KINDS = {"float8": "", "float": "f", "bfloat": "f", "complex": "c", "int": "i", "uint": "u", "bool": "b"}
 
 
 def other_batch_sizes(batch: Batch) -> list[Batch]:
@@ -33,76 +33,95 @@ def other_values(batch: Batch) -> list[Batch]:
     They find numbers of the example that surgery has baked in, and paths that the example did not take.
     """
     ways = ((-1.7, 0.0), (1.7, 3.0))
-    return [
-        _mapped(batch, lambda v, k=k, c=c: v * k + c if _is_array(v) and _kind(v) == "f" else v)  # type: ignore[misc]
-        for k, c in ways
-    ]
+    return [_mapped(batch, partial(_scaled, factor=factor, offset=offset)) for factor, offset in ways]
 
 
-def other_choices(batch: Batch, *, arrays: bool = True) -> list[Batch]:
-    """The batch with one choice made otherwise, for each that there is: a flag or a number of Python's, a mask, integers (in another order: they may be
-    indices).
+def _scaled(value: Any, factor: float, offset: float) -> Any:
+    return value * factor + offset if _is_array(value) and _kind(value) == "f" else value
+
+
+def other_choices(batch: Batch, *, arrays: bool = True) -> list[list[Batch]]:
+    """The batch with one choice made otherwise: for each choice that there is, the ways in which it might be made. A flag or a number of Python's, a mask,
+    integers (in another order: they may be indices).
 
     Args:
         batch: as given.
         arrays: vary masks and integers in arrays, too, and not only what Python sees as such.
     """
-    found: list[Batch] = []
+    found = []
     for number, leaf in enumerate(leaves(batch)):
-        if (arrays or not _is_array(leaf)) and _other_choice(leaf) is not leaf:
-            numbers = itertools.count()
-            found.append(
-                _mapped(batch, lambda v, n=number, numbers=numbers: _other_choice(v) if next(numbers) == n else v)  # type: ignore[misc]
-            )
-    return found[:MOST]
+        if arrays or not _is_array(leaf):
+            found.append([_with_leaf(batch, number, other) for other in _other_choices(leaf)])
+    return [ways for ways in found if ways]
 
 
-def _other_choice(value: Any) -> Any:
-    """Something else that might be given there; the value itself where nothing is known."""
-    if isinstance(value, bool):
-        return not value
-    if isinstance(value, float):
-        return value * 1.7 or 1.0
-    if isinstance(value, int):
-        return value - 1 if value > 0 else value + 1
+def _with_leaf(batch: Batch, number: int, leaf: Any) -> Batch:
+    numbers = itertools.count()
+    return _mapped(batch, lambda value: leaf if next(numbers) == number else value)
+
+
+def _other_choices(value: Any) -> list[Any]:
+    """What else might be given there; nothing where nothing is known."""
+    if isinstance(value, (bool, np.bool_)):
+        return [not value]
+    if isinstance(value, (int, np.integer)):
+        return [value - 1 if value > 0 else value + 1, 2 * value + 3]
+    if isinstance(value, (float, complex, np.floating)):
+        return [value * 0.3 or 1.0, 2 * value + 3]
     kind = _kind(value) if _is_array(value) else ""
     if kind == "b":
-        return ~value
+        return [~value]
     if kind not in {"i", "u"} or 0 in value.shape:
-        return value
-    turned = value if not value.ndim else value.flip(-1) if hasattr(value, "flip") else np.flip(value, -1)
-    if (turned != value).any():
-        return turned
-    return value - 1 if (value > 0).all() else value + 1
+        return []
+    try:
+        turned = value if not value.ndim else value.flip(-1) if hasattr(value, "flip") else np.flip(value, -1)
+        return [turned if (turned != value).any() else value - 1 if (value > 0).all() else value + 1]
+    except RuntimeError:  # torch knows types with which it can do next to nothing
+        return []
 
 
 def other_shapes(batch: Batch) -> list[Batch]:
-    """The batch with longer axes behind the first one; many models do not take them. Axes of one size grow together: height and width, a sequence and its mask.
+    """The batch with longer axes behind the first one; many models do not take them.
 
-    By 32, so that what was square stays so and a multiple of 32 one; by 1, and the next such axis of an array by 3, so that neither does: code that pads to a
-    multiple shows only then.
+    All axes behind the channels together, and axes of one size together: height and width, a sequence and its mask. By 32, so that what was square stays so and
+    a multiple of 32 one; by 1, and the next such axis of an array by 3, so that neither does: code that pads to a multiple shows only then.
     """
-    sizes = dict.fromkeys(size for leaf in leaves(batch) if _is_array(leaf) for size in leaf.shape[1:])
-    return [
-        _mapped(batch, partial(_longer, size=size, more=more))
-        for size in list(sizes)[:MOST]
-        if size
-        for more in ((32, 32), (1, 3))
+    given = [leaf for leaf in leaves(batch) if _is_array(leaf)]
+    sizes = list(dict.fromkeys(size for leaf in given for size in leaf.shape[1:] if size))
+    groups = [*({size} for size in sizes[:MOST]), *([set(sizes[MOST:])] if sizes[MOST:] else [])]
+    ways: list[Callable[[Any], list[int]]] = [
+        lambda value: list(range(2, value.ndim)),
+        *(partial(_axes_of, sizes=group) for group in groups),
     ]
+    found: dict[tuple[tuple[int, ...], ...], Batch] = {}
+    for axes in ways:
+        for more in ((32, 32), (1, 3)):
+            longer = _mapped(batch, partial(_longer, axes=axes, more=more))
+            found.setdefault(tuple(tuple(leaf.shape) for leaf in leaves(longer) if _is_array(leaf)), longer)
+    found.pop(tuple(tuple(leaf.shape) for leaf in given), None)
+    return list(found.values())
 
 
-def _longer(value: Any, size: int, more: tuple[int, int]) -> Any:
-    """Repeat from the start along the axes of a size."""
+def _axes_of(value: Any, sizes: set[int]) -> list[int]:
+    return [axis for axis in range(1, value.ndim) if value.shape[axis] in sizes]
+
+
+def _longer(value: Any, axes: Callable[[Any], list[int]], more: tuple[int, int]) -> Any:
+    """Repeat from the start along some axes."""
     if not _is_array(value):
         return value
-    for count, axis in enumerate(a for a in range(1, value.ndim) if value.shape[a] == size):
-        index = [i % size for i in range(size + more[min(count, 1)])]
-        value = value[(slice(None),) * axis + (index,)]
+    for count, axis in enumerate(axes(value)):
+        size = value.shape[axis]
+        if size:
+            index = [i % size for i in range(size + more[min(count, 1)])]
+            value = value[(slice(None),) * axis + (index,)]
     return value
 
 
 def _is_array(value: Any) -> bool:
-    """A dense array or tensor of numbers."""
+    """A dense array or tensor of numbers; numpy's single numbers are numbers."""
+    if isinstance(value, np.generic):
+        return False
     dense = str(getattr(value, "layout", "torch.strided")) == "torch.strided" and not getattr(value, "is_nested", False)
     return dense and hasattr(value, "dtype") and hasattr(value, "ndim") and _kind(value) in {"f", "c", "i", "u", "b"}
 
@@ -126,6 +145,11 @@ def _mapped(batch: Batch, change: Callable[[Any], Any]) -> Batch:
             return {key: walk(inner) for key, inner in value.items()}
         if type(value) in {list, tuple}:
             return type(value)(walk(inner) for inner in value)
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*map(walk, value))
+        if is_dataclass(value) and not isinstance(value, type):
+            parts = {f.name: walk(getattr(value, f.name)) for f in fields(value) if f.init}
+            return replace(value, **parts)
         return change(value)
 
     args = tuple(walk(value) for value in batch.args)

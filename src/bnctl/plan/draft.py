@@ -40,6 +40,15 @@ class Edit:
         return any(np.any(absorb.scale != 1) or (table and np.any(absorb.shift != 0)) for absorb in self.absorbs)
 
     @property
+    def shifts(self) -> bool:
+        """Whether the bias changes."""
+        return any(
+            absorb.side != "padded"
+            and (np.any(absorb.shift != 0) or (absorb.side == "output" and np.any(absorb.scale != 1)))
+            for absorb in self.absorbs
+        )
+
+    @property
     def takes_ones(self) -> bool:
         """Whether the operator gets a further input channel of ones."""
         return any(absorb.side == "padded" for absorb in self.absorbs)
@@ -288,7 +297,7 @@ class Draft:
         """
         written: dict[str, list[tuple[Edit, Slot]]] = {}
         for edit in self.edits():
-            for slot, changes in ((edit.node.weight, edit.scales or edit.takes_ones), (edit.node.bias, True)):
+            for slot, changes in ((edit.node.weight, edit.scales or edit.takes_ones), (edit.node.bias, edit.shifts)):
                 if slot is not None and changes and slot.tensor and self._tied(slot):
                     written.setdefault(slot.tensor, []).append((edit, slot))
         own: list[Slot] = []

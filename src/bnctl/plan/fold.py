@@ -54,8 +54,9 @@ class FoldPlan:
 
     @property
     def added_parameters(self) -> int:
-        """Parameters that untying adds."""
-        return sum(slot.size for slot in self.untied)
+        """Parameters that untying adds, and input channels of ones."""
+        ones = (edit.weight for edit in self.edits if edit.takes_ones)
+        return sum(slot.size for slot in self.untied) + sum(w.size // (w.shape or (0, 1))[1] for w in ones)
 
 
 def plan_fold(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,8 @@ def check_range(layer: str, array: Array, largest: float) -> None:
         np.maximum(np.max(array, initial=0.0), -np.min(array, initial=0.0))
     )  # without an array of absolute values
     if not peak <= largest:
+        reach = f"reach {peak:.3g}, beyond" if math.isfinite(peak) else "go beyond"
         raise OverflowInFoldError(
-            f"{layer}: its new parameters reach {peak:.3g}, beyond the largest value {largest:.3g} of their dtype (BN115)",
+            f"{layer}: its new parameters {reach} the largest value {largest:.3g} of their dtype (BN115)",
             hint="leave out the layer that it would take in (--skip), or work in float32 and convert to half precision afterwards",
         )

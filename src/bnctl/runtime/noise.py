@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from bnctl.errors import ModelError
 from bnctl.numerics.compare import compare
+from bnctl.runtime.feeds import as_array
 
 if TYPE_CHECKING:
     from bnctl.data.batches import Batch
@@ -79,7 +80,7 @@ def _shaken(runner: Runner, batch: Batch, seed: int) -> Batch:
             return {key: shake(inner) for key, inner in value.items()}
         if isinstance(value, (list, tuple)) and type(value) in {list, tuple}:
             return type(value)(shake(inner) for inner in value)
-        array = np.asarray(value.detach().cpu()) if hasattr(value, "detach") else value
+        array = as_array(value) if hasattr(value, "detach") else value
         if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
             return value
         return (array * (1 + step * signs.choice([-1.0, 1.0], array.shape))).astype(array.dtype)

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
+from bnctl.errors import DataError
+
 if TYPE_CHECKING:
     from bnctl.data.batches import Batch
 
@@ -56,7 +58,10 @@ def _by_position(
 def _from_array(array: np.ndarray[Any, Any]) -> torch.Tensor:
     if array.dtype.name == "bfloat16":  # which numpy knows through ml_dtypes only
         return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+    try:
+        return torch.from_numpy(array)
+    except TypeError as error:
+        raise DataError(f"an input of type {array.dtype} is no tensor", hint="give numbers") from error
 
 
 def _moved(tensor: torch.Tensor, place: torch.device, dtype: torch.dtype, *, copy: bool) -> torch.Tensor:

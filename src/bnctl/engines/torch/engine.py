@@ -186,9 +186,10 @@ def _other_passes(module: nn.Module, batch: Batch) -> Others:
             except Exception:  # made for one size
                 continue
 
-    numbers = other_choices(batch, arrays=False)
-    shaped, chosen = tuple(passes(other_shapes(batch))), tuple(passes(numbers))
-    return Others((*shaped, *chosen) or tuple(passes([batch])), bool(shaped) and len(chosen) == len(numbers))
+    shaped = tuple(passes(other_shapes(batch)))
+    chosen = [tuple(passes(ways)) for ways in other_choices(batch, arrays=False)]
+    traces = (*shaped, *(trace for choice in chosen for trace in choice))
+    return Others(traces or tuple(passes([batch])), bool(shaped) and all(chosen))
 
 
 def _notes(trace: Trace) -> Iterator[str]:

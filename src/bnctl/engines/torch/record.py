@@ -25,6 +25,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 ALIASED_WRITE = "bnctl.aliased_write"
+_RENORM = "aten.embedding_renorm_.default"
+"""Shortens rows of a table that are too long, in place: done twice it changes nothing more."""
+
 READ = "bnctl.read.values"
 """Python takes the values of a tensor without an operator."""
 
@@ -281,9 +284,16 @@ class _Recorder(TorchDispatchMode):
             self.trace.tensors.update(zip(outputs, fresh, strict=True))
         for tensor in changed:
             self._touch_aliases(tensor)
-            if isinstance(tensor, nn.Parameter):
-                self.trace.overwritten += self.names.get(id(tensor), ())[:1]
+            if call.op != _RENORM:
+                self.trace.overwritten += self._parameters_in(tensor)
         return result
+
+    def _parameters_in(self, tensor: Tensor) -> list[str]:
+        """Names of the parameters whose memory a tensor is, or is a view of."""
+        if tensor.layout != torch.strided:
+            return []
+        held = self.stored_over.get(tensor.untyped_storage()._cdata, ())
+        return [self.names[id(t)][0] for t in held if isinstance(t, nn.Parameter)]
 
     def _with_refs(self, tree: Any) -> Any:
         if isinstance(tree, Tensor):

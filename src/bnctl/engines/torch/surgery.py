@@ -59,7 +59,7 @@ def apply_fold(model: nn.Module, lifted: Lifted, plan: FoldPlan) -> list[Structu
             edits.append({"edit": "ones", "module": edit.node.layer})
         if leader is None and (edit.scales or edit.takes_ones):
             write(model, edit.weight, new_weight, edit.node.layer)
-        if bias_slot is not None and bias_slot.key not in plan.shared:
+        if bias_slot is not None and edit.shifts and bias_slot.key not in plan.shared:
             write(model, bias_slot, new_bias, edit.node.layer)
     spent = [lifted.removals[layer] for layer in dict.fromkeys(node.layer for node in plan.removed)]
     removals = [removal_edit(removal) for removal in spent if isinstance(removal, Removal)]
