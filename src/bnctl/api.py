@@ -78,7 +78,9 @@ def fold(
     tolerance: float | None = None,
     verify: bool = True,
 ) -> Result:
-    """Fold every affine that can be folded exactly into its neighbouring linear operators. Where there is nothing to fold, the result is the given model itself.
+    """Fold every affine that can be folded exactly into its neighbouring linear operators.
+
+    Where there is nothing to fold, the result holds the given model itself, and no copy.
 
     Args:
         model: an ``nn.Module``, an ``onnx.ModelProto``, an ``onnx_ir.Model``, or a MODEL word (a path, ``package.module:callable``).
