@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bnctl
-from bnctl.errors import EquivalenceError, ModelError
+from bnctl.errors import DataError, EquivalenceError, ModelError
 from nets_traps import error, outputs, randomise
 
 
@@ -331,10 +331,12 @@ def test_numbers_in_any_form_and_number(code: Any, given: tuple[Any, ...]) -> No
     assert (site["action"], site["code"]) == ("left", "BN116")
 
 
-def test_an_empty_input_beside_others_is_no_empty_example() -> None:
+def test_an_empty_input_in_front_is_named() -> None:
     model = Steered(lambda s, x, k: s.bn(s.c(k)))
     for empty in ([], torch.zeros(0, 4)):
-        assert bnctl.fold(model, (empty, IMAGES)).report.summary["folded"] == 1
+        with pytest.raises(DataError, match="counted by the first input that has a length"):
+            bnctl.fold(model, (empty, IMAGES))
+    assert bnctl.fold(Steered(lambda s, x, k: s.bn(s.c(x))), (IMAGES, [])).report.summary["folded"] == 1
 
 
 def test_the_check_draws_no_random_numbers_of_the_process() -> None:

@@ -234,7 +234,10 @@ def as_example(inputs: Any) -> Batch:
     else:
         batch = Batch(inputs if isinstance(inputs, tuple) else (inputs,))
     if not batch.size:
-        raise DataError("the example holds no sample: its first axis has length 0", hint="give at least one sample")
+        raise DataError(
+            "the example holds no sample: samples are counted by the first input that has a length, and that is 0",
+            hint="give at least one sample; an input that is empty on purpose can be fixed in a wrapper around the model",
+        )
     return batch
 
 

@@ -36,13 +36,13 @@ class Batch:
 
     @property
     def size(self) -> int:
-        """Number of samples: the length of the first input that has one, and is not empty.
+        """Number of samples: the length of the first input that has one.
 
         Of an array that is axis 0; a list or tuple (of images, say) has one item per sample; dicts and dataclasses are
         looked into. One, where no input has a length.
         """
-        lengths = [length for value in (*self.args, *self.kwargs.values()) if (length := _length(value)) is not None]
-        return next(filter(None, lengths), 0 if lengths else 1)
+        lengths = (_length(value) for value in (*self.args, *self.kwargs.values()))
+        return next((length for length in lengths if length is not None), 1)
 
     def rows(self, indices: NDArray[np.int64]) -> Batch:
         """Some samples of the batch, as copies: of every part whose length is the batch's size, those at `indices` (K,)."""
