@@ -24,6 +24,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from bnctl.engines.torch.surroundings import layer_by_layer, values_read, young_objects_only
+
 ALIASED_WRITE = "bnctl.aliased_write"
 _RENORM = "aten.embedding_renorm_.default"
 """Shortens rows of a table that are too long, in place: done twice it changes nothing more."""
@@ -155,36 +157,12 @@ def record(
         layer_by_layer(),
         torch._C._AutoDispatchBelowAutograd(),
         recorder.watching_modules(),
-        recorder.watching_values(),
+        values_read(recorder.read),
         recorder,
     ):
         result = model(*args, **kwargs)
         recorder.finish(result)
     return recorder.trace
-
-
-@contextmanager
-def young_objects_only() -> Iterator[None]:
-    """Let garbage collection look at nothing that was there before: the pass is searched for tensors in dead cycles, not the whole process."""
-    if gc.get_freeze_count():  # somebody else's; to unfreeze would undo it
-        yield
-        return
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
-@contextmanager
-def layer_by_layer() -> Iterator[None]:
-    """Keep torch from computing a whole transformer layer in one fused operator, in which no layer can be seen."""
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
@@ -350,33 +328,11 @@ class _Recorder(TorchDispatchMode):
             for handle in handles:
                 handle.remove()
 
-    @contextmanager
-    def watching_values(self) -> Iterator[None]:
-        """Note where Python takes a tensor's values without an operator: by ``tolist``, ``numpy`` and what rests on it."""
-
-        def watched(name: str) -> Any:
-            method = getattr(Tensor, name)
-
-            def read(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-                if self.versions.get(tensor) is not None:
-                    value = self.value_of(tensor)
-                    self.trace.ops.append(OpCall(READ, (Ref(value),), {}, (value,), (), self.current))
-                return method(tensor, *args, **kwargs)
-
-            return read
-
-        names = ("numpy", "tolist")
-        before = {name: vars(Tensor).get(name) for name in names}
-        for name in names:
-            setattr(Tensor, name, watched(name))
-        try:
-            yield
-        finally:
-            for name, method in before.items():
-                if method is None:
-                    delattr(Tensor, name)
-                else:
-                    setattr(Tensor, name, method)
+    def read(self, tensor: Tensor) -> None:
+        """Python takes the values of a tensor."""
+        if self.versions.get(tensor) is not None:
+            value = self.value_of(tensor)
+            self.trace.ops.append(OpCall(READ, (Ref(value),), {}, (value,), (), self.current))
 
     def finish(self, result: Any) -> None:
         """Note the outputs, and what else outlives the pass."""
