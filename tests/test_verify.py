@@ -85,6 +85,10 @@ class TestCompare:
         b = a + rms(a) * 0.01
         assert compare(a * unit, b * unit).max_rel == pytest.approx(compare(a, b).max_rel, rel=1e-6)
 
+    def test_equal_values_below_the_normal_range_are_no_distance_apart(self):
+        tiny = np.full(3, 1e-320 + 1e-320j)
+        assert compare(tiny, tiny.copy()).max_rel == 0.0
+
     def test_huge_values_do_not_overflow(self):
         big = np.array([1e308, -1e308])
         assert rms(big) == pytest.approx(1e308)

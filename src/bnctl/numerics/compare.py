@@ -94,7 +94,7 @@ def compare(baseline: Array, candidate: Array) -> ArrayError:
         return ArrayError(0.0, 0.0, None, bool(baseline.size))
     max_abs, scale = _distance(baseline, candidate)
     if math.isfinite(max_abs):  # so all values are
-        return ArrayError(max_abs, max_abs / max(scale, _TINY), None, scale > 0)
+        return ArrayError(max_abs, max_abs / max(scale, _TINY) if max_abs else 0.0, None, scale > 0)
     a, b, informative = _widen(baseline), _widen(candidate), _is_informative(baseline)
     finite = np.isfinite(a) & np.isfinite(b)
     mismatch = _special_mismatch(a[~finite], b[~finite])
