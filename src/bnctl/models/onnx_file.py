@@ -147,9 +147,7 @@ def save_onnx(
                 hint="is there room on the disk, and may you write there? Nothing was written",
             ) from error
         with (folder / target.name).open("rb") as written, ThreadPoolExecutor(2) as pool:
-            pool.submit(
-                flush, folder
-            )  # the disk is busy meanwhile; there is less to wait for when the file is put in place
+            pool.submit(flush, folder)  # so that there is less to wait for when the file is put in place
             digest = pool.submit(file_digest, written, "sha256")
             if check is not None:
                 check(folder / target.name)
