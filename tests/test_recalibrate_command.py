@@ -454,10 +454,11 @@ def test_nan_in_a_sample_that_judges(cli: Any) -> None:
     judging = np.concatenate([batch.args[0] for batch in hold_out(places, 5)[1]])
     x[judging[3]] = np.nan
     np.savez("bad.npz", x=x, y=y)
-    ended = cli("recalibrate", BN, "--data", "bad.npz", "-o", "out", "--max-drop", "90")
-    assert ended.code == ExitCode.USAGE
-    assert "batch 0 holds NaN or infinity, in a sample that is held out" in ended.err
-    assert not Path("out").exists()
+    for more in ((), ("--max-drop", "90"), ("--prior", "auto")):
+        ended = cli("recalibrate", BN, "--data", "bad.npz", "-o", "out", *more)
+        assert ended.code == ExitCode.USAGE
+        assert "batch 0 holds NaN or infinity, in a sample that is held out" in ended.err
+        assert not Path("out").exists()
     skipped = report(cli, "--data", "bad.npz", "-o", "out", "--on-bad-batch", "skip", "--batch-size", "10")
     assert skipped["code"] == ExitCode.OK
     assert skipped["accuracy"][0]["samples"] == len(judging) - 2  # its batch

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from bnctl.bench.accuracy import Accuracy, AccuracyRow, measure_accuracy
 from bnctl.bench.gates import Gate, GateResult, evaluate, exit_code, parse_gate
 from bnctl.data.batches import first_of
+from bnctl.data.finite import NotFiniteError
 from bnctl.data.holdout import hold_out
 from bnctl.errors import DataError, ExitCode, UsageError
 
@@ -96,6 +97,8 @@ def judge(before: Model, after: Model, held_out: Batches, max_drop_pp: float | N
     """
     try:
         accuracy = accuracy_of([before, after], held_out, gated=max_drop_pp is not None)
+    except NotFiniteError:
+        raise
     except DataError as error:
         if max_drop_pp is not None:
             raise

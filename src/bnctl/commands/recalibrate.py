@@ -68,6 +68,7 @@ def recalibrate_model(
     used, held_out = as_batches(batches), None
     if how.hold_out or needed:
         used, held_out = guard.split(used, how.hold_out, needed=needed)
+        held_out = None if held_out is None else finite(held_out, skip=how.on_bad_batch == "skip")
     if how.augment is not None:
         from bnctl.data.augment import augmented, load_transform
 
@@ -84,7 +85,6 @@ def recalibrate_model(
     new = replace(model, native=found.model, program=None)
     judged = guard.Judged()
     if held_out is not None:
-        held_out = finite(held_out, skip=how.on_bad_batch == "skip")
         judge = guard.judge if place.workers.rank == 0 else None
         own = None if judge is None else judge(model, new, held_out, how.max_drop_pp)
         judged = place.workers.share(own, lambda of_workers: of_workers[0]) or judged

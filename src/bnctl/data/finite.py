@@ -13,6 +13,10 @@ from bnctl.errors import DataError
 from bnctl.runtime.feeds import as_array
 
 
+class NotFiniteError(DataError):
+    """Samples hold NaN or infinity."""
+
+
 def finite(batches: Batches, *, skip: bool) -> Batches:
     """The same batches, of which each is looked at when it is read.
 
@@ -21,7 +25,7 @@ def finite(batches: Batches, *, skip: bool) -> Batches:
         skip: leave out a batch that holds NaN or infinity, instead of refusing it.
 
     Raises:
-        DataError: such a batch comes, and is not to be left out.
+        NotFiniteError: such a batch comes, and is not to be left out.
     """
 
     def read(first: int, step: int) -> Iterator[tuple[int, Batch]]:
@@ -29,7 +33,7 @@ def finite(batches: Batches, *, skip: bool) -> Batches:
             if _is_finite(batch):
                 yield number, batch
             elif not skip:
-                raise DataError(
+                raise NotFiniteError(
                     f"batch {number} holds NaN or infinity, in a sample that is held out to judge the result",
                     hint="check the preprocessing, or leave such batches out with --on-bad-batch skip",
                 )
