@@ -137,7 +137,9 @@ def test_ctrl_c_ends_the_process(folder):
     code = (
         HEARING + "import sys, time\nfrom pathlib import Path\nfrom bnctl.data.folder import read_folder\n"
         "for batch in read_folder(Path(sys.argv[1]), batch_size=1, workers=2):\n"
-        "    print('reading', flush=True)\n    time.sleep(60)\n"
+        "    print('reading', flush=True)\n"
+        "    for _ in range(6000):  # a signal that comes just before a sleep does not shorten it\n"
+        "        time.sleep(0.01)\n"
     )
     command = [sys.executable, "-c", code, str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
