@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -207,9 +208,17 @@ def test_passes_see_the_same_shuffled_data() -> None:
     assert not torch.equal(torch.cat(seen[:5]), x)
 
 
+def test_a_tensor_that_a_module_has_computed_and_kept() -> None:
+    net, plain = make(Plain, double=False), make(Plain, double=False)
+    net.kept = net.conv1.weight * 2  # with a history, which copy.deepcopy refuses
+    (found, *_), (expected, *_) = (recalibrate(n, split(images(), 5)) for n in (net, plain))
+    assert found.kept.grad_fn is None
+    assert all(torch.equal(a, b) for a, b in zip(found.buffers(), expected.buffers(), strict=True))
+
+
 def test_a_model_that_cannot_be_copied() -> None:
     net = Plain()
-    net.kept = net.conv1.weight * 2
+    net.kept = threading.Lock()
     with pytest.raises(ModelError, match="cannot be copied"):
         recalibrate(net, split(images(), 5))
 

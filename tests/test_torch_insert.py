@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bnctl
-from bnctl.engines.torch.engine import copy_module
+from bnctl.engines.torch.copies import workable
 from bnctl.engines.torch.layers import LastAxisBatchNorm
 from bnctl.errors import ModelError
 from bnctl.models.model import Model
@@ -207,7 +207,7 @@ def test_exported_graph_takes_norms() -> None:
 def test_functional_norm_in_an_exported_graph_is_left() -> None:
     model = Net(lambda s, x: s.f(x), f=FunctionalBN()).eval()
     graph = exported(model, image())
-    assert type(copy_module(graph, "graph")).__name__.endswith("Module")
+    assert type(workable(graph, "graph")).__name__.endswith("Module")
     assert codes(bnctl.fold(graph, image())) == {"f": "BN109"}
 
 

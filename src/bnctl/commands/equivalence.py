@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from itertools import chain
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Literal
 
 from bnctl.data.resize import other_choices, other_shapes, other_values, resized
@@ -100,7 +100,7 @@ def _variations(example: Batch, vary: Collection[Varied], *, branching: bool) ->
     """
     other = resized(example, 2 if example.size == 1 else 1) if "batch size" in vary and example.size else example
     if "values" in vary:
-        yield from other_values(other)[: None if branching else 1]
+        yield from islice(other_values(other), None if branching else 1)
     elif "batch size" in vary:
         yield other
     if "choices" in vary and branching:

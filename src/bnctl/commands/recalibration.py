@@ -75,10 +75,10 @@ def on_engine(model: Model, batches: Batches, how: Recalibration, place: Place) 
         return _on_onnx(model, batches, how, place)
     import torch
 
-    from bnctl.engines.torch.engine import copy_module
+    from bnctl.engines.torch.copies import workable
     from bnctl.engines.torch.recalibrate import recalibrate
 
-    module = copy_module(model.native, model.word) if isinstance(model.native, torch.fx.GraphModule) else model.native
+    module = workable(model.native, model.word) if isinstance(model.native, torch.fx.GraphModule) else model.native
     assert isinstance(module, torch.nn.Module)
     return recalibrate(
         module,

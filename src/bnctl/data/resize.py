@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,6 +15,8 @@ from bnctl.data.batches import Batch
 MOST = 6
 """Sizes that are varied by themselves; the others together."""
 
+LONG = 128
+"""From here on, axes are varied by making them shorter: that costs less, and where positions have a table of fixed length it is the way that works."""
 
 _KINDS = {"float8": "", "float": "f", "bfloat": "f", "complex": "c", "int": "i", "uint": "u", "bool": "b"}
 
@@ -27,13 +29,13 @@ def other_batch_sizes(batch: Batch) -> list[Batch]:
     return [resized(batch, size) for size in (1, 3) if batch.size and size != batch.size]
 
 
-def other_values(batch: Batch) -> list[Batch]:
+def other_values(batch: Batch) -> Iterator[Batch]:
     """The batch with other float values: turned around, and larger and brighter.
 
     They find numbers of the example that surgery has baked in, and paths that the example did not take.
     """
-    ways = ((-1.7, 0.0), (1.7, 3.0))
-    return [_mapped(batch, partial(_scaled, factor=factor, offset=offset)) for factor, offset in ways]
+    for factor, offset in ((-1.7, 0.0), (1.7, 3.0)):
+        yield _mapped(batch, partial(_scaled, factor=factor, offset=offset))
 
 
 def _scaled(value: Any, factor: float, offset: float) -> Any:
@@ -81,10 +83,11 @@ def _other_choices(value: Any) -> list[Any]:
 
 
 def other_shapes(batch: Batch) -> list[Batch]:
-    """The batch with longer axes behind the first one; many models do not take them.
+    """The batch with other sizes of the axes behind the first one; many models do not take them.
 
-    All axes behind the channels together, and axes of one size together: height and width, a sequence and its mask. By 32, so that what was square stays so and
-    a multiple of 32 one; by 1, and the next such axis of an array by 3, so that neither does: code that pads to a multiple shows only then.
+    All axes behind the channels together, and axes of one size together: height and width, a sequence and its mask. Short ones by 32 longer, so that what was
+    square stays so and a multiple of 32 one; and by 1, the next such axis of an array by 3, so that neither does: code that pads to a multiple shows only
+    then. Axes from :data:`LONG` on become shorter instead, by 32, and by 31 and 29.
     """
     given = [leaf for leaf in leaves(batch) if _is_array(leaf)]
     sizes = list(dict.fromkeys(size for leaf in given for size in leaf.shape[1:] if size))
@@ -96,8 +99,8 @@ def other_shapes(batch: Batch) -> list[Batch]:
     found: dict[tuple[tuple[int, ...], ...], Batch] = {}
     for axes in ways:
         for more in ((32, 32), (1, 3)):
-            longer = _mapped(batch, partial(_longer, axes=axes, more=more))
-            found.setdefault(tuple(tuple(leaf.shape) for leaf in leaves(longer) if _is_array(leaf)), longer)
+            other = _mapped(batch, partial(_of_other_size, axes=axes, more=more))
+            found.setdefault(tuple(tuple(leaf.shape) for leaf in leaves(other) if _is_array(leaf)), other)
     found.pop(tuple(tuple(leaf.shape) for leaf in given), None)
     return list(found.values())
 
@@ -106,14 +109,17 @@ def _axes_of(value: Any, sizes: set[int]) -> list[int]:
     return [axis for axis in range(1, value.ndim) if value.shape[axis] in sizes]
 
 
-def _longer(value: Any, axes: Callable[[Any], list[int]], more: tuple[int, int]) -> Any:
-    """Repeat from the start along some axes."""
+def _of_other_size(value: Any, axes: Callable[[Any], list[int]], more: tuple[int, int]) -> Any:
+    """Longer along some axes, repeated from the start, or shorter."""
     if not _is_array(value):
         return value
     for count, axis in enumerate(axes(value)):
         size = value.shape[axis]
+        change = more[min(count, 1)]
+        if size >= LONG:
+            change = change - 32 if change < 32 else -32
         if size:
-            index = [i % size for i in range(size + more[min(count, 1)])]
+            index = slice(size + change) if change < 0 else [i % size for i in range(size + change)]
             value = value[(slice(None),) * axis + (index,)]
     return value
 

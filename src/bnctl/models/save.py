@@ -168,7 +168,7 @@ def _give_shapes(proto: onnx.ModelProto) -> bool:
 
 def _program(model: Model, example: Batch | None, static_batch: bool) -> Any:
     from bnctl.data.resize import resized
-    from bnctl.engines.torch.engine import copy_module
+    from bnctl.engines.torch.copies import workable
     from bnctl.engines.torch.export import to_program
 
     if model.program is not None:
@@ -180,7 +180,7 @@ def _program(model: Model, example: Batch | None, static_batch: bool) -> Any:
         example = resized(example, 2)
     module: Any = model.native
     return to_program(
-        copy_module(module, model.word),
+        workable(module, model.word),
         example,
         dynamic_batch=any_batch,
         dynamic_axes=model.dynamic_axes,

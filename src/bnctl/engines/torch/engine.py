@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,19 +9,19 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from bnctl.data.resize import other_choices, other_shapes, other_values, resized
 from bnctl.engines import Captured
 from bnctl.engines.torch.calibrate import output_moments
+from bnctl.engines.torch.copies import workable
 from bnctl.engines.torch.edits import apply_edits
 from bnctl.engines.torch.layers import inserted_norm
 from bnctl.engines.torch.lift import Lifted, lift
 from bnctl.engines.torch.merge import apply_merges, is_stock, limits
 from bnctl.engines.torch.numbers import Others, has_numbers, reads_of_values, settle
-from bnctl.engines.torch.record import Trace, record, tensors_in
-from bnctl.engines.torch.relayer import give_layers_back
+from bnctl.engines.torch.record import Trace, record
 from bnctl.engines.torch.surgery import apply_fold
 from bnctl.errors import ModelError
 from bnctl.graph.graph import Node
@@ -66,7 +64,7 @@ class TorchEngine:
             raise ModelError(
                 f"{model.word} has parameters that are not initialised yet", hint="run the model once on real inputs"
             )
-        module = copy_module(given, model.word)
+        module = workable(given, model.word)
         modes = {name: part.training for name, part in module.named_modules()}
         if module.training:
             module.eval()
@@ -146,40 +144,13 @@ class TorchEngine:
         return _edited(captured.model, module, edits)
 
 
-def copy_module(module: Any, name: str) -> nn.Module:
-    """A deep copy; an exported graph gets its layers back on the way.
-
-    Raises:
-        ModelError: the module cannot be copied.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", FutureWarning
-            )  # torch's own, on copying the tree specs of an exported graph
-            copied: nn.Module = copy.deepcopy(module, {id(t): t.detach().clone() for t in _computed_tensors(module)})
-    except Exception as error:
-        raise ModelError(
-            f"{name} cannot be copied: {type(error).__name__}: {error}",
-            hint="detach tensors that the module keeps as plain attributes",
-        ) from error
-    return give_layers_back(copied) if isinstance(copied, fx.GraphModule) else copied
-
-
-def _computed_tensors(module: Any) -> Iterator[torch.Tensor]:
-    """Tensors with a history that modules keep as attributes (a weight-normed weight, a stored feature): torch refuses to copy those."""
-    for part in module.modules():
-        attributes = (v for k, v in vars(part).items() if k not in {"_modules", "_parameters", "_buffers"})
-        yield from (t for t in tensors_in(tuple(attributes)) if not t.is_leaf)
-
-
 def _other_passes(module: nn.Module, batch: Batch) -> Others:
     """Records on small batches of other sizes and values, as far as the model takes them."""
     size = 1 if batch.size > 1 else 2
 
     def passes(batches: Iterable[Batch]) -> Iterator[Trace]:
         for other in batches:
-            small = resized(other_values(other)[0], size) if other.size else other
+            small = next(other_values(resized(other, size) if other.size else other))
             try:
                 with keeping_state(module), torch.random.fork_rng(devices=[]):
                     yield record(module, *as_tensors(small, module), methods=True)

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from bnctl.data.batches import Batches, as_batches
+from bnctl.engines.torch.copies import copied
 from bnctl.engines.torch.recalibration.run import Found, Run, with_values
 from bnctl.engines.torch.recalibration.sites import SiteTable, frozen_on_purpose
-from bnctl.engines.torch.recalibration.twins import copied
 from bnctl.engines.torch.recalibration.workbench import Workbench
 from bnctl.errors import ModelError, UsageError
 from bnctl.recalibration.book import Book
@@ -141,7 +141,7 @@ def _bench(
             f"{type(model).__name__} is TorchScript, whose layers cannot be told apart from outside",
             hint="recalibrate the module that it was made of, or an export of it by torch.export",
         )
-    work = copied(model)
+    work = copied(model, type(model).__name__)
     for module in work.modules():
         # not eval(): exported graphs refuse it, and models override train() to keep layers in train mode
         module.training = False
@@ -155,7 +155,7 @@ def _bench(
 
 
 def _with_statistics(model: nn.Module, bench: Workbench, book: Book, method: Method) -> nn.Module:
-    result = copied(model)
+    result = copied(model, type(model).__name__)
     state = {**dict(result.named_parameters()), **dict(result.named_buffers())}
     with torch.no_grad():
         for account in with_values(book):

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
 from types import FrameType
 from typing import Any
 
@@ -22,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from bnctl.engines.torch.living import LivingTensors, storage_of
 from bnctl.engines.torch.surroundings import layer_by_layer, values_read, young_objects_only
 
 ALIASED_WRITE = "bnctl.aliased_write"
@@ -167,6 +168,8 @@ def record(
 
 def tensors_in(tree: Any) -> list[Tensor]:
     """All tensors in nested tuples, lists, mappings, dataclasses and plain objects, in order, each once."""
+    if isinstance(tree, Tensor):
+        return [tree]
     found: dict[int, Tensor] = {}
     seen: set[int] = set()
     todo = [tree]
@@ -174,17 +177,21 @@ def tensors_in(tree: Any) -> list[Tensor]:
         item = todo.pop()
         if isinstance(item, Tensor):
             found.setdefault(id(item), item)
-        elif id(item) not in seen and not isinstance(item, (str, bytes, int, float, bool, type(None), nn.Module, type)):
+        elif id(item) not in seen and not isinstance(item, _WITHOUT_TENSORS):
             seen.add(id(item))
             todo.extend(reversed(list(_children(item))))
     return list(found.values())
 
 
+_PLAIN = {int, float, bool, str, type(None)}
+_WITHOUT_TENSORS = (str, bytes, int, float, bool, type(None), nn.Module, type)
+
+
 def _children(item: Any) -> Iterator[Any]:
-    if isinstance(item, Mapping):
-        yield from item.values()
-    elif isinstance(item, (tuple, list, set, frozenset)):
+    if isinstance(item, (tuple, list, set, frozenset)):
         yield from item
+    elif isinstance(item, Mapping):
+        yield from item.values()
     elif is_dataclass(item):
         yield from (getattr(item, f.name) for f in fields(item))
     elif hasattr(item, "__dict__"):
@@ -199,15 +206,15 @@ class _Recorder(TorchDispatchMode):
         self.paths = {id(module): path for path, module in model.named_modules()}
         self.top = ModuleCall(model, None, None, [])
         self.current = self.top
-        self.versions = WeakTensorKeyDictionary()
-        self.storages: dict[int, WeakTensorKeyDictionary] = {}
-        self.stored_over: dict[int, list[Tensor]] = {}
+        self.versions = LivingTensors()
+        self.stored_over: dict[int | None, list[Tensor]] = {}
         names: dict[int, list[str]] = {}
         self.stored: dict[int, Tensor] = {}
         for name, tensor in _named_tensors(model):
             names.setdefault(id(tensor), []).append(name)
-            if id(tensor) not in self.stored and tensor.layout == torch.strided:
-                self.stored_over.setdefault(tensor.untyped_storage()._cdata, []).append(tensor)
+            storage = storage_of(tensor)
+            if id(tensor) not in self.stored and storage is not None:
+                self.stored_over.setdefault(storage, []).append(tensor)
             self.stored[id(tensor)] = tensor
         self.names = {key: tuple(found) for key, found in names.items()}
 
@@ -217,13 +224,11 @@ class _Recorder(TorchDispatchMode):
         strides = tensor.stride() if tensor.layout == torch.strided else ()
         self.trace.info.append(TensorInfo(tuple(tensor.shape), tensor.dtype, strides))
         self.versions[tensor] = value
-        if tensor.layout == torch.strided:
-            self.storages.setdefault(tensor.untyped_storage()._cdata, WeakTensorKeyDictionary())[tensor] = True
         return value
 
     def value_of(self, tensor: Tensor) -> int:
         """The tensor's current version; a tensor not seen before is a parameter, an input, or comes from outside."""
-        value: int | None = self.versions.get(tensor)
+        value = self.versions.get(tensor)
         if value is None:
             value = self.new_value(tensor)
             if id(tensor) in self.names:
@@ -233,27 +238,27 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        before = tensors_in((args, kwargs))
-        for tensor in before:
-            self.value_of(tensor)
-        recorded_args, recorded_kwargs = self._with_refs(args), self._with_refs(kwargs)
-        inputs = tuple(_refs((recorded_args, recorded_kwargs)))
+        read: list[Tensor] = []
+        recorded_args, recorded_kwargs = self._with_refs(args, read), self._with_refs(kwargs, read)
+        inputs = tuple(self.value_of(t) for t in read)
+        operator = _operator(func)
         result = func(*args, **kwargs)
-        written = _written(func, args, kwargs) if func._schema.is_mutable else []
-        known = {id(t) for t in before}
-        fresh = [t for t in tensors_in(result) if id(t) not in known]
-        if not fresh and not written and tensors_in(result):
+        written = operator.written(args, kwargs)
+        known = {id(t) for t in read}
+        returned = tensors_in(result)
+        fresh = [t for t in returned if id(t) not in known]
+        if returned and not fresh and not written:
             return result  # the operator handed back its input: nothing happened
-        changed = [t for t in before if id(t) in {id(w) for w in written}]
+        changed = list({id(t): t for t in read if id(t) in {id(w) for w in written}}.values()) if written else []
         outputs = tuple(self.new_value(t) for t in (*changed, *fresh))
         call = OpCall(
-            str(func),
+            operator.name,
             recorded_args,
             recorded_kwargs,
             inputs,
             outputs,
             self.current,
-            torch.Tag.nondeterministic_seeded in func.tags,
+            operator.random,
             bool(changed),
             self.methods and _in_another_method(self.current.module),
         )
@@ -268,37 +273,43 @@ class _Recorder(TorchDispatchMode):
 
     def _parameters_in(self, tensor: Tensor) -> list[str]:
         """Names of the parameters whose memory a tensor is, or is a view of."""
-        if tensor.layout != torch.strided:
-            return []
-        held = self.stored_over.get(tensor.untyped_storage()._cdata, ())
+        held = self.stored_over.get(storage_of(tensor), ())
         return [self.names[id(t)][0] for t in held if isinstance(t, nn.Parameter)]
 
-    def _with_refs(self, tree: Any) -> Any:
+    def _with_refs(self, tree: Any, read: list[Tensor]) -> Any:
+        """An operator's arguments with :class:`Ref` for tensors, which are added to `read`, once per read: ``x + x`` reads x twice."""
+        if type(tree) in _PLAIN:
+            return tree
         if isinstance(tree, Tensor):
-            return Ref(self.versions[tree])
+            read.append(tree)
+            return Ref(self.value_of(tree))
         if isinstance(tree, (tuple, list)):
-            return type(tree)(self._with_refs(item) for item in tree)
+            return type(tree)([self._with_refs(item, read) for item in tree])
         if isinstance(tree, dict):
-            return {key: self._with_refs(item) for key, item in tree.items()}
+            return {key: self._with_refs(item, read) for key, item in tree.items()}
         return tree
 
-    def _structure(self, tree: Any) -> Any:
-        """As :meth:`_with_refs`, for what a module is given: anything may come, and nothing that could hold a tensor is kept."""
-        if isinstance(tree, Tensor):
-            return Ref(self.value_of(tree))
-        if type(tree) in {tuple, list}:
-            return type(tree)(self._structure(item) for item in tree)
-        if type(tree) is dict:
-            return {key: self._structure(item) for key, item in tree.items()}
-        return tree if isinstance(tree, (int, float, str, type(None))) else Unknown()
+    def _structure(self, tree: Any, values: list[int]) -> Any:
+        """As :meth:`_with_refs`, for what a module is given or returns: anything may come, and nothing that could hold a tensor is kept. The tensors' values are
+        added to `values`, each once.
+        """
+        kind = type(tree)
+        if kind in _PLAIN:
+            return tree
+        if kind is tuple or kind is list:
+            return kind([self._structure(item, values) for item in tree])
+        if kind is dict:
+            return {key: self._structure(item, values) for key, item in tree.items()}
+        values += [v for t in tensors_in(tree) if (v := self.value_of(t)) not in values]
+        return Ref(self.value_of(tree)) if isinstance(tree, Tensor) else Unknown()
 
     def _touch_aliases(self, tensor: Tensor) -> None:
         """Every other living tensor over the written storage becomes a new value that depends on the write."""
-        if tensor.layout != torch.strided:
+        storage = storage_of(tensor)
+        if storage is None:
             return
-        storage = tensor.untyped_storage()._cdata
-        others = [*self.storages.get(storage, {}).keys(), *self.stored_over.get(storage, ())]
-        for other in {id(t): t for t in others if t is not tensor and t.untyped_storage()._cdata == storage}.values():
+        others = (*self.versions.over(storage), *self.stored_over.get(storage, ()))
+        for other in {id(t): t for t in others if t is not tensor}.values():
             inputs = (self.value_of(other), self.value_of(tensor))
             self.trace.ops.append(OpCall(ALIASED_WRITE, (), {}, inputs, (self.new_value(other),), self.current))
 
@@ -307,16 +318,16 @@ class _Recorder(TorchDispatchMode):
         """Follow which module is running, without touching the modules themselves."""
 
         def enter(module: nn.Module, args: Any) -> None:
-            inputs = [self.value_of(t) for t in tensors_in(args)]
             path, start = self.paths.get(id(module)), len(self.trace.ops)
-            self.current = ModuleCall(module, path, self.current, inputs, start=start, args=self._structure(args))
-            self.trace.modules.append(self.current)
+            self.current = call = ModuleCall(module, path, self.current, [], start=start)
+            call.args = self._structure(args, call.inputs)
+            self.trace.modules.append(call)
 
         def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            self.current.outputs = [self.value_of(t) for t in tensors_in(output)]
-            self.current.inputs += [v for t in tensors_in(kwargs) if (v := self.value_of(t)) not in self.current.inputs]
-            self.current.kwargs, self.current.result = self._structure(kwargs), self._structure(output)
-            self.current = self.current.parent or self.top
+            call = self.current
+            call.result = self._structure(output, call.outputs)
+            call.kwargs = self._structure(kwargs, call.inputs)
+            self.current = call.parent or self.top
 
         handles = [
             register_module_forward_pre_hook(enter),
@@ -342,7 +353,7 @@ class _Recorder(TorchDispatchMode):
         self.trace.viewed = {self.value_of(t._base) for t in outputs if t._base is not None}
         gc.collect()  # only what the pass has made: see `young_objects_only`
         self.trace.held = {
-            v for t, v in self.versions.items() if id(t) not in self.names and v not in self.trace.tensors
+            v for key, v in self.versions.numbers() if key not in self.names and v not in self.trace.tensors
         } - set(self.trace.inputs)
 
 
@@ -363,17 +374,6 @@ def _in_another_method(module: nn.Module) -> bool:
 _CALLING = {nn.Module._call_impl.__code__, nn.Module._wrapped_call_impl.__code__}
 
 
-def _refs(tree: Any) -> Iterator[int]:
-    """The values that recorded arguments refer to, once per read: ``x + x`` reads x twice."""
-    if isinstance(tree, Ref):
-        yield tree.value
-    elif isinstance(tree, (tuple, list)):
-        for item in tree:
-            yield from _refs(item)
-    elif isinstance(tree, dict):
-        yield from _refs(tuple(tree.values()))
-
-
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for path, module in model.named_modules():
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
@@ -381,11 +381,24 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{path}.{name}" if path else name, tensor
 
 
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """Tensors that the operator's schema says it writes."""
-    written: list[Tensor] = []
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            given = args[position] if position < len(args) else kwargs.get(argument.name)
-            written += tensors_in(given)
-    return written
+@dataclass(frozen=True)
+class _Operator:
+    """What the recorder asks of an operator: ``writes`` has the position and the name of each argument that its schema says it writes."""
+
+    name: str
+    writes: tuple[tuple[int, str], ...]
+    random: bool
+
+    def written(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """The tensors that a call writes."""
+        return [t for at, name in self.writes for t in tensors_in(args[at] if at < len(args) else kwargs.get(name))]
+
+
+@cache
+def _operator(func: Any) -> _Operator:
+    writes = (
+        (position, argument.name)
+        for position, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
+    return _Operator(str(func), tuple(writes), torch.Tag.nondeterministic_seeded in func.tags)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import pickle
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from bnctl.errors import ModelError
+from bnctl.engines.torch.copies import copied
 
 
 class Twins:
@@ -43,27 +41,9 @@ class Twins:
 
     def _made(self) -> nn.Module:
         if self._pickled is None:
-            return copied(self._model, self._shared)
+            return copied(self._model, type(self._model).__name__, self._shared)
         twin: nn.Module = _Unpickler(io.BytesIO(self._pickled), self._shared).load()
         return twin
-
-
-def copied(model: nn.Module, shared: Iterable[torch.Tensor] = ()) -> nn.Module:
-    """A deep copy, except for `shared` tensors.
-
-    Raises:
-        ModelError: the model cannot be copied.
-    """
-    try:
-        with warnings.catch_warnings():
-            # torch's own, about the tree specs in an exported graph
-            warnings.simplefilter("ignore", FutureWarning)
-            return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
-    except Exception as error:
-        raise ModelError(
-            f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}",
-            hint="remove computed tensors from module attributes (torch.nn.utils.remove_weight_norm) or detach them",
-        ) from error
 
 
 def _pickled(model: nn.Module, shared: list[torch.Tensor]) -> bytes | None:
