@@ -290,8 +290,8 @@ class _Recorder(TorchDispatchMode):
         return tree
 
     def _structure(self, tree: Any, values: list[int]) -> Any:
-        """As :meth:`_with_refs`, for what a module is given or returns: anything may come, and nothing that could hold a tensor is kept. The tensors' values are
-        added to `values`, each once.
+        """As :meth:`_with_refs`, for what a module is given or returns: anything may come, and nothing that could hold a tensor is kept. The values of the
+        tensors in it are added to `values`, each once.
         """
         kind = type(tree)
         if kind in _PLAIN:
