@@ -122,7 +122,7 @@ TABLE = {
     "recalibrate onnx": (0, ("recalibrate", ONNX_BN, "-o", "out.onnx", "--data", CALIBRATION)),
     "recalibrate without a norm": (2, ("recalibrate", ONNX_PLAIN, "-o", "out.onnx", "--data", CALIBRATION)),
     "until for onnx": (0, ("recalibrate", ONNX_BN, "-o", "out.onnx", "--data", CALIBRATION, "--until", "0.1")),
-    "resume for onnx": (2, ("recalibrate", ONNX_BN, "-o", "out.onnx", "--data", CALIBRATION, "--resume")),
+    "resume for onnx": (0, ("recalibrate", ONNX_BN, "-o", "out.onnx", "--data", CALIBRATION, "--resume")),
     "bad gate": (2, (*GATE, "top1.drop=0")),
     "unknown metric": (2, (*GATE, "top9.drop<=0")),
     "gate on what is off": (2, (*GATE, "latency.ratio<=1")),

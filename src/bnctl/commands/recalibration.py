@@ -103,7 +103,6 @@ def on_engine(model: Model, batches: Batches, how: Recalibration, place: Place) 
 def _on_onnx(model: Model, batches: Batches, how: Recalibration, place: Place) -> Recalibrated[Any]:
     given = {
         "--autocast": how.autocast is not None,
-        "--resume": how.resume,
         "torchrun": place.workers.size > 1,
         "--device cuda": place.device != "cpu",
     }
@@ -130,4 +129,6 @@ def _on_onnx(model: Model, batches: Batches, how: Recalibration, place: Place) -
         memory_bytes=how.memory_bytes,
         on_bad_batch=how.on_bad_batch,
         name=model.word,
+        partial_file=place.partial,
+        resume=how.resume,
     )

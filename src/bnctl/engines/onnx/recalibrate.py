@@ -13,14 +13,16 @@ from bnctl.data.batches import as_batches
 from bnctl.engines.onnx.editor import Editor
 from bnctl.engines.onnx.lift import lift
 from bnctl.engines.onnx.recalibration.find import EPS_ASSUMED, MERGED, find_sites
+from bnctl.engines.onnx.recalibration.kept import as_state, from_state
 from bnctl.engines.onnx.recalibration.network import Network
 from bnctl.engines.onnx.recalibration.rewire import store
-from bnctl.engines.onnx.recalibration.schedules import Account, Accounts, batch_by_batch, level_by_level
+from bnctl.engines.onnx.recalibration.schedules import Account, Accounts, Progress, batch_by_batch, level_by_level
 from bnctl.engines.onnx.recalibration.sites import Arrays, Site
 from bnctl.engines.onnx.recalibration.workbench import Workbench
 from bnctl.recalibration.estimate import PROBE, produced, with_prior
 from bnctl.recalibration.memory import DEFAULT_SHARE, available_bytes
 from bnctl.recalibration.method import Method, check_method, one_value, without_sites
+from bnctl.recalibration.partial import Partial
 from bnctl.recalibration.seen import Seen, largest_error
 from bnctl.recalibration.statistics import (
     FROZEN,
@@ -75,6 +77,8 @@ def recalibrate(
     memory_bytes: int | None = None,
     on_bad_batch: Literal["refuse", "skip"] = "refuse",
     name: str = "the ONNX model",
+    partial_file: Partial | None = None,
+    resume: bool = False,
 ) -> Recalibrated[ir.Model]:
     """New running statistics from data, in a structural copy of the model.
 
@@ -108,6 +112,8 @@ def recalibrate(
         memory_bytes: what may be held between two levels; by default half of what is available.
         on_bad_batch: a batch that holds NaN or infinity is an error ("refuse"), or left out ("skip").
         name: what to call the model in errors.
+        partial_file: where to keep what is known so far.
+        resume: go on from what it holds.
 
     Raises:
         DataError: there are no data, they are not finite, or the model does not run on them.
@@ -137,28 +143,43 @@ def recalibrate(
     def averaged(site: Site, account: Account) -> Arrays:
         return site.encode(account.average)
 
+    partial_file = partial_file or Partial()
+    state = partial_file.read() if resume else None
+
     def once(count: int | None) -> Taken:
+        nonlocal state
         bench.start_over(count)
+        begun = Progress() if state is None else from_state(bench, state)
+        state = None
+
+        def keep(progress: Progress) -> None:
+            partial_file.keep(as_state(bench, progress, count))
+
         if method == "exact":
             budget = int(available_bytes() * DEFAULT_SHARE) if memory_bytes is None else memory_bytes
-            accounts = level_by_level(bench, pooled, budget)
+            accounts = level_by_level(bench, pooled, budget, begun, keep)
             return Taken(
                 accounts, {site: pooled(site, account) for site, account in accounts.items()}, accounts, accounts
             )
-        accounts, probe = batch_by_batch(bench, _own_statistics, "gather")
+        gathered = batch_by_batch(bench, _own_statistics, "gather", begun=begun, keep=keep)
         settle = pooled if method == "batch" else averaged
-        stored = {site: settle(site, account) for site, account in accounts.items()}
-        measured, _ = batch_by_batch(bench, lambda site, index, seen: stored[site], "measure", PROBE)
-        return Taken(accounts, stored, probe, measured)
+        stored = {site: settle(site, account) for site, account in gathered.accounts.items()}
+        measured = batch_by_batch(bench, lambda site, index, seen: stored[site], "measure", PROBE)
+        return Taken(gathered.accounts, stored, gathered.probe, measured.accounts)
 
     def all_seen() -> bool:
         return bench.stride == 1 and not bench.cut
 
-    with shared_arena():
-        if until is None:
-            taken, enough = once(None), None
-        else:
-            taken, enough = run_until(until, pilot(bench.batches), once, Taken.standard_error, all_seen)
+    first = pilot(bench.batches) if state is None and until is not None else None if state is None else state.count
+    try:
+        with shared_arena():
+            if until is None:
+                taken, enough = once(None), None
+            else:
+                taken, enough = run_until(until, first, once, Taken.standard_error, all_seen)
+    except BaseException:
+        partial_file.write()
+        raise
     editor = Editor(lifted.model)
     done = {}
     for site, arrays in taken.stored.items():

@@ -40,6 +40,27 @@ class Account:
 Accounts = dict[Site, Account]
 
 
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come.
+
+    Args:
+        accounts: of the sites that are settled (level by level), or of all (batch by batch).
+        probe: the same of one batch in every ``PROBE``.
+        next_batch: the first batch that is not entered yet; 0 where whole levels are.
+        samples: how many came before it; level by level, all.
+    """
+
+    accounts: Accounts = field(default_factory=dict)
+    probe: Accounts = field(default_factory=dict)
+    next_batch: int = 0
+    samples: int = 0
+
+
+Keep = Callable[[Progress], None]
+"""Is told how far a run has come, now and then."""
+
+
 def enter(accounts: Accounts, site: Site, seen: Seen) -> None:
     """Note what a site saw of one more batch. The order of batches decides on the last bit, and on training's average."""
     known = accounts.get(site)
@@ -51,7 +72,9 @@ def enter(accounts: Accounts, site: Site, seen: Seen) -> None:
     )
 
 
-def level_by_level(bench: Workbench, settle: Callable[[Site, Account], Arrays], memory_bytes: int) -> Accounts:
+def level_by_level(
+    bench: Workbench, settle: Callable[[Site, Account], Arrays], memory_bytes: int, begun: Progress, keep: Keep
+) -> Accounts:
     """All batches to a level, the sites of the level settled, all batches to the next: every activation is computed once.
 
     Between two levels, the values that later ones read are held for every batch. Where they would take more than `memory_bytes` they are not, and the
@@ -61,22 +84,35 @@ def level_by_level(bench: Workbench, settle: Callable[[Site, Account], Arrays], 
         bench: the model and its data.
         settle: the statistics of a site, from what it saw.
         memory_bytes: what held values may take.
+        begun: how far another run has come; its last level is run again.
+        keep: is told after each level.
     """
     network = bench.network
+    bench.samples = begun.samples or None
     accounts: Accounts = {}
     statistics: dict[str, onnxruntime.OrtValue] = {}
     border = _Border()
     for level in range(network.depth):
-        border = _advance(bench, border, level, statistics, accounts, memory_bytes)
-        for site in network.sites_at(level):
+        sites = network.sites_at(level)
+        if level < network.depth - 1 and begun.accounts.keys() >= set(sites):
+            accounts |= {site: begun.accounts[site] for site in sites}
+        else:
+            border = _advance(bench, border, level, statistics, accounts, memory_bytes)
+        for site in sites:
             statistics |= bench.inputs_of(site, settle(site, accounts[site]))
+        keep(Progress(dict(accounts), samples=bench.samples or 0))
         bench.progress("settle", len(accounts), len(network.statistics))
     return accounts
 
 
 def batch_by_batch(
-    bench: Workbench, choose: Callable[[Site, int, Seen], Arrays], what: str, step: int = 1
-) -> tuple[Accounts, Accounts]:
+    bench: Workbench,
+    choose: Callable[[Site, int, Seen], Arrays],
+    what: str,
+    step: int = 1,
+    begun: Progress | None = None,
+    keep: Keep | None = None,
+) -> Progress:
     """One pass over the data.
 
     Args:
@@ -84,15 +120,15 @@ def batch_by_batch(
         choose: the statistics with which a site normalises a batch, from the batch's index and what it saw of it.
         what: is being done, for the progress.
         step: only one batch of so many.
-
-    Returns:
-        Accounts of all batches, and of one in every ``PROBE``.
+        begun: how far another run has come.
+        keep: is told after each batch.
     """
     network = bench.network
-    accounts: Accounts = {}
-    probe: Accounts = {}
+    begun = begun or Progress()
+    accounts, probe = dict(begun.accounts), dict(begun.probe)
+    done = begun
     parts = [Part(bench, level - 1, level) for level in range(network.depth)]
-    for feed in bench.feeds(step):
+    for feed in bench.feeds(step, begun.next_batch, begun.samples):
         at_level = feed
         statistics: dict[str, onnxruntime.OrtValue] = {}
         for level, part in enumerate(parts):
@@ -103,8 +139,11 @@ def batch_by_batch(
                     enter(one, site, seen)
                 statistics |= bench.inputs_of(site, choose(site, feed.index, seen))
             at_level = reached.only(network.boundary(level))
+        done = Progress(accounts, probe, feed.index + step * bench.stride, bench.samples_so_far)
+        if keep is not None:
+            keep(done)
         bench.progress(what, feed.index + 1, None)
-    return accounts, probe
+    return done
 
 
 @dataclass(eq=False)

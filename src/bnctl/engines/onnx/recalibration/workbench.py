@@ -65,6 +65,7 @@ class Workbench:
         stride: only one batch of so many.
         cut: whether the limit was met before the end of the data.
         samples: how many the data hold; known after the first pass.
+        samples_so_far: how many the pass that is under way has given.
         resolution: machine epsilon of what each site saw.
         skipped: batches that were left out.
     """
@@ -79,18 +80,23 @@ class Workbench:
     stride: int = 1
     cut: bool = False
     samples: int | None = None
+    samples_so_far: int = 0
     resolution: dict[Site, float] = field(default_factory=dict)
     skipped: set[int] = field(default_factory=set)
 
-    def feeds(self, step: int = 1) -> Iterator[Feed]:
+    def feeds(self, step: int = 1, first: int = 0, samples: int = 0) -> Iterator[Feed]:
         """One pass over the data, or over one batch of every `step`.
+
+        Args:
+            step: see above.
+            first: index of the batch to begin with.
+            samples: how many come before it.
 
         Raises:
             DataError: there are no data, other data than last time, a value is NaN or infinite, or the model does not take it.
         """
         specs = [_spec(value) for value in self.network.inputs]
-        samples = 0
-        for index, batch in self.batches.every(0, step * self.stride):
+        for index, batch in self.batches.every(first, step * self.stride):
             if self.limit is not None and index >= self.limit:
                 self.cut = True
                 break
@@ -108,6 +114,7 @@ class Workbench:
                     hint="statistics of it would be NaN, too: clean the data, or leave such batches out with --on-bad-batch skip",
                 )
             samples += batch.size
+            self.samples_so_far = samples
             yield Feed(index, {name: from_array(array) for name, array in arrays.items()})
         if step == 1:
             check_pass(samples, self.samples, skipped=bool(self.skipped))

@@ -1,0 +1,163 @@
+"""Recalibrating ONNX models: a run that is interrupted, and the one that goes on."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bnctl.data.batches import Batch
+from bnctl.engines.onnx import recalibrate as engine
+from bnctl.engines.onnx.recalibration import schedules
+from bnctl.errors import ExitCode, UsageError
+from bnctl.fixture import fixture_path
+from bnctl.recalibration.partial import Partial
+from conftest import MAIN
+from onnx_recalibration import bits, data, residual, split
+
+HOWS: list[dict[str, Any]] = [
+    {},
+    {"memory_bytes": 0},
+    {"method": "batch"},
+    {"method": "ema"},
+    {"prior": 5.0},
+    {"until": 0.2},
+    {"until": 0.2, "method": "batch"},
+    {"on_bad_batch": "skip"},
+    {"on_bad_batch": "skip", "method": "ema"},
+]
+
+
+class Stopped(Exception):
+    """What stops a run."""
+
+
+def stopping(after: int) -> Callable[..., None]:
+    """A progress that raises when it is told so many times."""
+    told = 0
+
+    def progress(what: str, done: int, total: int | None) -> None:
+        nonlocal told
+        told += 1
+        if told == after:
+            raise Stopped
+
+    return progress
+
+
+def batches() -> list[Batch]:
+    x = data(200, 3, 8, 8)
+    x[9, 0, 0, 0] = np.nan
+    return split(x, *[4] * 50)
+
+
+@pytest.mark.parametrize("how", HOWS, ids=str)
+def test_the_result_is_the_same(how: dict[str, Any], tmp_path: Path) -> None:
+    model, given = residual().model("y"), batches()
+    if "on_bad_batch" not in how:
+        given[2] = given[1]
+    whole = engine.recalibrate(model, given, **how)
+    stops = 0
+    for after in (1, 2, 3, 5, 8, 13, 21, 34, 55, 89):
+        partial = Partial(tmp_path / f"{after}.partial", every_s=1e9)
+        try:
+            engine.recalibrate(model, given, progress=stopping(after), partial_file=partial, **how)
+        except Stopped:
+            stops += 1
+        else:
+            break
+        assert (tmp_path / f"{after}.partial").exists()
+        found = engine.recalibrate(model, given, partial_file=partial, resume=True, **how)
+        assert bits(found.model) == bits(whole.model)
+        assert (found.samples, found.skipped, found.enough) == (whole.samples, whole.skipped, whole.enough)
+        assert found.standard_error == whole.standard_error
+        assert [vars(s) | {"drift": None} for s in found.sites] == [vars(s) | {"drift": None} for s in whole.sites]
+    assert stops >= 2
+
+
+def test_what_is_known_is_not_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, given = residual().model("y"), split(data(200, 3, 8, 8), *[4] * 50)
+    partial = Partial(tmp_path / "partial", every_s=1e9)
+
+    def gone_on(method: Any, after: int) -> list[str]:
+        told: list[str] = []
+        with pytest.raises(Stopped):
+            engine.recalibrate(model, given, method=method, progress=stopping(after), partial_file=partial)
+        engine.recalibrate(
+            model, given, method=method, partial_file=partial, resume=True, progress=lambda what, *_: told.append(what)
+        )
+        return told
+
+    assert gone_on("ema", 40).count("gather") == 10
+    levels: list[int] = []
+    advance = schedules._advance
+    monkeypatch.setattr(
+        schedules,
+        "_advance",
+        lambda bench, border, level, *more: levels.append(level) or advance(bench, border, level, *more),
+    )
+    gone_on("exact", 2)
+    assert sorted(levels) == list(range(len(levels)))  # each of them once, by one run or the other
+    assert levels[:2] == [0, 1]
+    assert len(levels) > 2
+
+
+def test_a_file_of_another_run(tmp_path: Path) -> None:
+    model, given = residual().model("y"), split(data(12, 3, 8, 8), 4, 4, 4)
+    with pytest.raises(Stopped):
+        engine.recalibrate(model, given, progress=stopping(1), partial_file=Partial(tmp_path / "p", {"model": "a"}))
+    with pytest.raises(UsageError, match="model was a and is b"):
+        engine.recalibrate(model, given, partial_file=Partial(tmp_path / "p", {"model": "b"}), resume=True)
+
+
+LOADER = """
+import os, time
+import numpy as np
+from bnctl.fixture import fixture_path
+
+def slow():
+    with np.load(fixture_path("shifted_calibration.npz")) as arrays:
+        x = arrays["x"].astype(np.float32)
+    for start in range(0, len(x), 10):
+        time.sleep(float(os.environ.get("PAUSE", "0")))
+        yield x[start:start + 10]
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_the_command_goes_on_where_it_was_stopped(
+    how: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(LOADER)
+    model = str(fixture_path("digits_bn.onnx"))
+
+    def command(*words: str) -> list[str]:
+        return [sys.executable, "-c", MAIN, "recalibrate", model, "--data", "mine:slow", "--method", "ema", *words]
+
+    monkeypatch.setenv("PAUSE", "0.2")
+    with subprocess.Popen(
+        command("-o", "out.onnx"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as run:
+        deadline = time.monotonic() + 100
+        while not Path("out.onnx.partial").exists():
+            assert time.monotonic() < deadline
+            assert run.poll() is None, run.stderr.read()
+            time.sleep(0.05)
+        run.send_signal(how)
+        _, err = run.communicate(timeout=60)
+    assert run.returncode == (ExitCode.INTERRUPTED if how is signal.SIGINT else -how)
+    assert "Traceback" not in err
+    assert not Path("out.onnx").exists()
+    monkeypatch.setenv("PAUSE", "0")
+    for words in (("-o", "out.onnx", "--resume"), ("-o", "whole.onnx")):
+        subprocess.run(command(*words), check=True, capture_output=True, timeout=100)
+    assert not Path("out.onnx.partial").exists()
+    assert Path("out.onnx").read_bytes() == Path("whole.onnx").read_bytes()
