@@ -174,11 +174,11 @@ class Hidden(nn.Module):
 def test_layers_are_looked_at_with_the_first_batch_of_one_sample() -> None:
     right, wrong = TorchRunner(Hidden(1.0)), TorchRunner(Hidden(2.0))
     two, one = (Batch(args=(torch.randn(size, 4),)) for size in (2, 1))
-    assert compare_runners(right, wrong, [two], where_taken=[one]).passed
+    assert compare_runners(right, wrong, [two], where_taken=[[one]]).passed
     assert compare_runners(right, wrong, [two], layers=["first"]).passed
-    found = compare_runners(right, wrong, [two], where_taken=[one], layers=["first"])
+    found = compare_runners(right, wrong, [two], where_taken=[[one]], layers=["first"])
     assert found.reason is not None and found.reason.startswith("layer first differs")
-    assert compare_runners(right, right, [two], where_taken=[one], layers=["first"]).layers == 1
+    assert compare_runners(right, right, [two], where_taken=[[one]], layers=["first"]).layers == 1
 
 
 def test_layers_are_looked_at_even_where_other_values_are_out_of_range() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -360,3 +361,29 @@ def test_tables_that_shorten_their_rows_are_no_counters() -> None:
     net = Steered(lambda s, t, k: bn(table(t).transpose(1, 2)))
     net.table, net.norm = table, bn
     assert bnctl.fold(net, (torch.arange(14).reshape(2, 7) % 7, None)).report.summary["found"] == 1
+
+
+LONG: dict[str, tuple[Callable[[Any, Tensor], Any], int]] = {
+    "a grid that grows": (lambda s, x: F.adaptive_avg_pool2d(functional(s, s.c(x)), max(4, x.shape[-1] // 32)), 128),
+    "a grid that shrinks": (lambda s, x: F.adaptive_avg_pool2d(functional(s, s.c(x)), min(4, x.shape[-1] // 32)), 128),
+    "a scale that grows": (lambda s, x: s.d(s.bn(s.c(x)) * max(1.0, math.log(x.shape[-1]) / math.log(128))), 128),
+    "no shorter than that": (lambda s, x: F.adaptive_avg_pool2d(functional(s, F.conv2d(s.c(x), s.d.weight, dilation=50)), x.shape[-1] // 4), 128),
+    "no longer than that": (lambda s, x: F.adaptive_avg_pool2d(functional(s, s.c(x)) + torch.zeros(140)[: x.shape[-1]], x.shape[-1] // 32), 140),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_long_axes_vary_in_both_directions(name: str) -> None:
+    code, size = LONG[name]
+    model = randomise(Code(code))
+    folded = bnctl.fold(model, torch.randn(1, 4, size, size)).model
+    for other in (size - 36, size, size + 40, size + 130):
+        x = torch.randn(2, 4, other, other)
+        with torch.no_grad():
+            try:
+                expected = model(x)
+            except RuntimeError:
+                assert "than that" in name
+                assert other != size
+                continue
+            assert error([expected], [folded(x)]) < 1e-4

@@ -535,6 +535,29 @@ def test_computed_weight_of_a_layer_that_is_called_twice() -> None:
     folded(other, image(), {"bn": "BN106"}, image(1))
 
 
+def test_a_computed_buffer_is_copied_although_torch_refuses() -> None:
+    net = randomise(Net(lambda s, x: s.b(s.c(x)) + s.w.mean(), c=Conv(3, 4, 3), b=BN(4)))
+    net.register_buffer("w", net.c.weight * 2)
+    as_float32(net, {"b": "folded"})
+
+
+def test_a_scripted_layer_inside_is_run_as_it_is() -> None:
+    net = randomise(nn.Sequential(Conv(3, 4, 3), BN(4), nn.ReLU(), Conv(4, 4, 1), BN(4)).eval())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net[4] = torch.jit.script(net[4])
+    as_float32(net, {"1": "folded", "4": "folded"})
+
+
+def as_float32(model: nn.Module, expected: dict[str, str]) -> None:
+    """Fold a model that does not like to become float64."""
+    with torch.no_grad():
+        result = bnctl.fold(model, image())
+        assert sites(result) == expected
+        for inputs in (image(), image(1)):
+            assert error([model(inputs)], [result.model(inputs)]) < 2e-5
+
+
 def test_weight_normed_model_is_copied_although_torch_refuses() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -15,7 +15,7 @@ output proves nothing, and the layers before it must agree instead.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import chain
@@ -96,7 +96,7 @@ def compare_runners(
     candidate: Runner,
     batches: Iterable[Batch],
     *,
-    where_taken: Iterable[Batch] = (),
+    where_taken: Iterable[Sequence[Batch]] = (),
     layers: Collection[str] = (),
     altered: Collection[str] = (),
     tolerance: float | None = None,
@@ -111,7 +111,8 @@ def compare_runners(
         baseline: right by definition.
         candidate: to be judged.
         batches: inputs; each is used once, nothing but maxima is kept.
-        where_taken: further inputs that count only where the baseline takes them: some models are made for one batch size.
+        where_taken: further inputs that count only where the baseline takes them, since some models are made for one batch size; of each, the first
+            alternative that it takes.
         layers: inner layers whose output must be the same, see :func:`compare_layers`; looked at in the first batch of one sample that counts.
         altered: inner layers whose output the surgery changes: that they differ is no evidence.
         tolerance: largest relative error; by default it follows from the coarser float type of the two.
@@ -133,10 +134,9 @@ def compare_runners(
         counts = progress.samples, limit, reason is None, reason
         return Verification(*counts, checks, progress.flips, first, note, varied=progress.varied)
 
-    for batch, required in chain(((b, True) for b in batches), ((b, False) for b in where_taken)):
-        names = inner.wanted(batch)
+    for ways, required in chain((([b], True) for b in batches), ((ways, False) for ways in where_taken)):
         try:
-            expected, before = baseline.observe(batch, names)
+            batch, names, expected, before = _first_taken(baseline, ways, inner)
         except InputError:
             if required:
                 raise
@@ -165,6 +165,24 @@ def compare_runners(
     if progress.failed_on is None or not locate:
         return outcome(reason)
     return outcome(reason, *_locate(baseline, candidate, progress.failed_on, limit))
+
+
+def _first_taken(
+    baseline: Runner, ways: Sequence[Batch], inner: _Inner
+) -> tuple[Batch, Collection[str], dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
+    """The first of some batches that the baseline takes, the layers to look at in it, its outputs, and theirs.
+
+    Raises:
+        ModelError: it takes none.
+    """
+    for left, batch in zip(range(len(ways) - 1, -1, -1), ways, strict=True):
+        names = inner.wanted(batch)
+        try:
+            return batch, names, *baseline.observe(batch, names)
+        except InputError:
+            if not left:
+                raise
+    raise AssertionError("there is an alternative")
 
 
 def _pairs(a: Outputs, b: Outputs) -> list[tuple[str, NDArray[Any], NDArray[Any]]]:

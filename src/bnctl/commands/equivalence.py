@@ -92,19 +92,19 @@ def _opened(model: Model, device: str) -> Runner:
     return open_runner(model, threads=min(os.cpu_count() or 1, MOST_THREADS), device=device)
 
 
-def _variations(example: Batch, vary: Collection[Varied], *, branching: bool) -> Iterator[Batch]:
-    """The example in other forms. Another size and other values share their runs: a fault in either shows.
+def _variations(example: Batch, vary: Collection[Varied], *, branching: bool) -> Iterator[Sequence[Batch]]:
+    """The example in other forms, each with alternatives. Another size and other values share their runs: a fault in either shows.
 
     One sample is the size to look inside at, and the cheapest; an example of one sample becomes two. Where values decide on what is computed, they are tried
     with either sign.
     """
     other = resized(example, 2 if example.size == 1 else 1) if "batch size" in vary and example.size else example
     if "values" in vary:
-        yield from islice(other_values(other), None if branching else 1)
+        yield from ([way] for way in islice(other_values(other), None if branching else 1))
     elif "batch size" in vary:
-        yield other
+        yield [other]
     if "choices" in vary and branching:
-        yield from chain.from_iterable(other_choices(other))
+        yield from ([way] for way in chain.from_iterable(other_choices(other)))
     if "shape" in vary:
         yield from other_shapes(other)
 

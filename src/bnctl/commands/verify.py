@@ -33,7 +33,7 @@ def run_verify(baseline: str, candidate: str, setup: Setup, *, tolerance: float 
             setup.progress("verify", number, None)
 
     verification = compare_runners(
-        first, second, batches(), where_taken=other_batch_sizes(example), tolerance=tolerance
+        first, second, batches(), where_taken=[[other] for other in other_batch_sizes(example)], tolerance=tolerance
     )
     return Report(
         "verify",

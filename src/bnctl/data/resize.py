@@ -16,7 +16,7 @@ MOST = 6
 """Sizes that are varied by themselves; the others together."""
 
 LONG = 128
-"""From here on, axes are varied by making them shorter: that costs less, and where positions have a table of fixed length it is the way that works."""
+"""Axes of so many entries can do with 32 less."""
 
 _KINDS = {"float8": "", "float": "f", "bfloat": "f", "complex": "c", "int": "i", "uint": "u", "bool": "b"}
 
@@ -82,12 +82,14 @@ def _other_choices(value: Any) -> list[Any]:
         return []
 
 
-def other_shapes(batch: Batch) -> list[Batch]:
-    """The batch with other sizes of the axes behind the first one; many models do not take them.
+def other_shapes(batch: Batch) -> list[list[Batch]]:
+    """The batch with other sizes of the axes behind the first one, in some ways. Each has alternatives, of which the first that a model takes will do; many
+    models take none.
 
-    All axes behind the channels together, and axes of one size together: height and width, a sequence and its mask. Short ones by 32 longer, so that what was
-    square stays so and a multiple of 32 one; and by 1, the next such axis of an array by 3, so that neither does: code that pads to a multiple shows only
-    then. Axes from :data:`LONG` on become shorter instead, by 32, and by 31 and 29.
+    All axes behind the channels together, and axes of one size together: height and width, a sequence and its mask. They become longer by 32, so that what was
+    square stays so and a multiple of 32 one. And they change by an odd number, the next such axis of an array by another, so that neither does: code that pads
+    to a multiple shows only then. The odd change makes long axes shorter: that costs less, and ``max(n, 7)`` shows in one direction, ``min(n, 7)`` in the
+    other. A model that does not take the one (a table of positions has its length) may take the other.
     """
     given = [leaf for leaf in leaves(batch) if _is_array(leaf)]
     sizes = list(dict.fromkeys(size for leaf in given for size in leaf.shape[1:] if size))
@@ -96,30 +98,47 @@ def other_shapes(batch: Batch) -> list[Batch]:
         lambda value: list(range(2, value.ndim)),
         *(partial(_axes_of, sizes=group) for group in groups),
     ]
-    found: dict[tuple[tuple[int, ...], ...], Batch] = {}
+    found: dict[_Shapes, list[Batch]] = {}
     for axes in ways:
-        for more in ((32, 32), (1, 3)):
-            other = _mapped(batch, partial(_of_other_size, axes=axes, more=more))
-            found.setdefault(tuple(tuple(leaf.shape) for leaf in leaves(other) if _is_array(leaf)), other)
-    found.pop(tuple(tuple(leaf.shape) for leaf in given), None)
+        for changes in (_BY_32, _BY_AN_ODD_NUMBER):
+            others = [_mapped(batch, partial(_of_other_size, axes=axes, change=change)) for change in changes]
+            by_shape = {_shapes(other): other for other in others if _shapes(other) != _shapes(batch)}
+            if by_shape:
+                found.setdefault(next(iter(by_shape)), list(by_shape.values()))
     return list(found.values())
+
+
+_Shapes = tuple[tuple[int, ...], ...]
+
+
+def _shapes(batch: Batch) -> _Shapes:
+    return tuple(tuple(leaf.shape) for leaf in leaves(batch) if _is_array(leaf))
+
+
+_BY_32: tuple[Callable[[int, int], int], ...] = (
+    lambda size, count: size + 32,
+    lambda size, count: size - 32 if size >= LONG else size,
+)
+_BY_AN_ODD_NUMBER: tuple[Callable[[int, int], int], ...] = (
+    lambda size, count: size - (31, 29)[count] if size >= LONG else size + (1, 3)[count],
+    lambda size, count: size + (1, 3)[count] if size >= LONG else size - (1, 3)[count] if size > 4 else size,
+)
+"""The new size of an axis, from the old one and its count among the axes of an array that change, at most 1."""
 
 
 def _axes_of(value: Any, sizes: set[int]) -> list[int]:
     return [axis for axis in range(1, value.ndim) if value.shape[axis] in sizes]
 
 
-def _of_other_size(value: Any, axes: Callable[[Any], list[int]], more: tuple[int, int]) -> Any:
+def _of_other_size(value: Any, axes: Callable[[Any], list[int]], change: Callable[[int, int], int]) -> Any:
     """Longer along some axes, repeated from the start, or shorter."""
     if not _is_array(value):
         return value
     for count, axis in enumerate(axes(value)):
         size = value.shape[axis]
-        change = more[min(count, 1)]
-        if size >= LONG:
-            change = change - 32 if change < 32 else -32
-        if size:
-            index = slice(size + change) if change < 0 else [i % size for i in range(size + change)]
+        new = change(size, min(count, 1))
+        if size and new != size:
+            index = slice(new) if new < size else [i % size for i in range(new)]
             value = value[(slice(None),) * axis + (index,)]
     return value
 

@@ -78,7 +78,7 @@ class TorchRunner:
         handles = [
             modules[name].register_forward_hook(lambda module, args, output, n=name: keep(n, output))
             for name in layers
-            if name in modules
+            if name in modules and not isinstance(modules[name], torch.jit.ScriptModule)  # which refuse hooks
         ]
         try:
             with self.prepared(batch) as call:

@@ -70,4 +70,4 @@ def _copied_by_hand(module: nn.Module) -> dict[int, Any]:
 
 _CONTAINERS = {OrderedDict, dict, set, list}
 _ATOMS = {bool, int, float, str, type(None)}
-_REGISTERED = {"_modules", "_parameters", "_buffers"}
+_REGISTERED = {"_modules", "_parameters"}

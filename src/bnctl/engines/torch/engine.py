@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -157,7 +158,7 @@ def _other_passes(module: nn.Module, batch: Batch) -> Others:
             except Exception:  # made for one size
                 continue
 
-    shaped = tuple(passes(other_shapes(batch)))
+    shaped = tuple(trace for ways in other_shapes(batch) for trace in islice(passes(ways), 1))
     chosen = [tuple(passes(ways)) for ways in other_choices(batch, arrays=False)]
     traces = (*shaped, *(trace for choice in chosen for trace in choice))
     return Others(traces or tuple(passes([batch])), bool(shaped) and all(chosen))

@@ -27,13 +27,14 @@ class LivingTensors:
         return self._numbers.get(id(tensor))
 
     def __setitem__(self, tensor: Tensor, number: int) -> None:
-        key = id(tensor)
+        key, storage = id(tensor), storage_of(tensor)
         self._numbers[key] = number
-        if key not in self._references:
+        reference = self._references.get(key)
+        if reference is None:
             reference = self._references[key] = _Reference(tensor, self._forget_it)
-            storage = storage_of(tensor)
-            if storage is not None:
-                self._over.setdefault(storage, []).append(reference)
+        if storage is not None and storage != reference.storage:  # `set_` gives a tensor another one
+            self._over.setdefault(storage, []).append(reference)
+            reference.storage = storage
 
     def numbers(self) -> Iterator[tuple[int, int]]:
         """The ``id`` of each living tensor, and its number."""
@@ -52,15 +53,17 @@ class LivingTensors:
 
 
 class _Reference(weakref.ref[Tensor]):
-    """A weak reference that remembers whose it was."""
+    """A weak reference that remembers whose it was, and under which storage it is filed."""
 
-    __slots__ = ("key",)
+    __slots__ = ("key", "storage")
 
     key: int
+    storage: int | None
 
     def __init__(self, tensor: Tensor, forget: Callable[[_Reference], None]) -> None:
         super().__init__(tensor, forget)  # type: ignore[call-arg]
         self.key = id(tensor)
+        self.storage = None
 
     def tensor(self) -> Tensor | None:
         """The tensor, if it is alive; torch wants to be told where Python's half of a tensor is found by a weak reference."""
