@@ -381,6 +381,10 @@ class TestWhatIsCompared:
         both = self.measure(Classifier(broken), Classifier(broken))
         assert both.agreement[0].flips == 0
         assert len(both.notes) == 2
+        assert self.measure(Classifier(first), Classifier(broken), gated=True).agreement[0].flips == 4
+        for candidate in (first, broken):
+            with pytest.raises(DataError, match="a returned NaN for 4 of 33 samples: no gate"):
+                self.measure(Classifier(broken), Classifier(candidate), gated=True)
 
     def test_nan_fails_the_gate_and_is_noted(self):
         first = np.tile([1.0, 0, 0], (50, 1))

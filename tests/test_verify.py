@@ -434,6 +434,13 @@ class TestVariations:
         assert [args[1].scale for args in changed] == [2.0, 2.0, 0.6, 7.0]
         assert next(other_values(batch)).args[0].x.tolist() == pytest.approx([-1.7, -1.7])
 
+    @pytest.mark.parametrize("dtype", [np.bool_, np.int64, np.float32])
+    def test_a_single_number_in_an_array_stays_in_one(self, dtype):
+        batch = Batch((np.array(1, dtype),))
+        ways = [*other_values(batch), *(way for ways in other_choices(batch) for way in ways)]
+        assert all(isinstance(way.args[0], np.ndarray) and way.args[0].dtype == dtype for way in ways)
+        assert any(way.args[0] != 1 for way in ways)
+
     @pytest.mark.parametrize("dtype", [torch.uint16, torch.float8_e4m3fn])
     def test_types_with_which_torch_can_do_little(self, dtype):
         batch = Batch((torch.zeros(2, 3).to(dtype),))

@@ -292,7 +292,7 @@ def _look_inside(
     return (
         None,
         None,
-        f"the outputs are empty, zero or drowned in rounding on these inputs; the layers before them agree ({names}: relative error {worst:.2g})",
+        f"the outputs are zero, empty, NaN, infinite or drowned in rounding here; the layers before them agree ({names}: relative error {worst:.2g})",
     )
 
 

@@ -127,7 +127,7 @@ def measure_accuracy(
     Raises:
         UsageError: gated, and several outputs could be the class scores.
         DataError: no samples, labels on some batches only or beyond the model's classes, candidates without class
-            scores, or, gated, a baseline without them on some batches only.
+            scores, or, gated, a baseline without them on some batches only, or with NaN in them.
         ModelError: a model does not take a batch.
     """
     counts = _Counts()
@@ -149,6 +149,11 @@ def measure_accuracy(
     if not judged:
         return Accuracy()
     notes += _skipped(names[0], judged[0], counts, gated)
+    if gated and counts.nan[0]:
+        raise DataError(
+            f"{names[0]} returned NaN for {counts.nan[0]} of {counts.samples} samples: no gate can rest on those",
+            hint="look for NaN in the data and the preprocessing, and at the model with bnctl verify",
+        )
     notes += [
         f"{name} returned NaN for {counts.nan[i]} of {counts.samples} samples"
         for i, name in enumerate(names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import sys
@@ -14,7 +15,15 @@ import typer
 
 from bnctl.cli import config, options
 from bnctl.cli.common import reporting
-from bnctl.cli.output import progress_bar, write_any_character, write_error, write_json
+from bnctl.cli.output import (
+    flushed,
+    open_closed_streams,
+    progress_bar,
+    unwritten,
+    write_any_character,
+    write_error,
+    write_json,
+)
 from bnctl.commands.setup import Progress, Setup
 from bnctl.errors import BnctlError, ExitCode, Interrupted, ModelError, UsageError
 from bnctl.models.save import Target
@@ -321,11 +330,12 @@ def demo(
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point: every way out has its exit code, and no traceback reaches a user."""
+    open_closed_streams()
     write_any_character()
     gc.set_threshold(50_000, 20, 50)  # graphs are many objects and few cycles
     code = run(sys.argv[1:] if arguments is None else arguments)
     gc.freeze()  # the process ends: nothing is gained by looking through a model once more
-    sys.exit(code)
+    sys.exit(flushed(code))
 
 
 def run(arguments: list[str]) -> int:
@@ -359,7 +369,8 @@ def run(arguments: list[str]) -> int:
         hint = "take sys.exit out of the factory or the loader"
         return fail(ModelError(f"code of the model or of the data called sys.exit({error.code!r})", hint=hint))
     except Exception as error:
-        return fail(_internal(error))
+        no_room = isinstance(error, OSError) and error.filename is None and error.errno in _NO_ROOM
+        return fail(unwritten(error) if no_room else _internal(error))  # type: ignore[arg-type]
 
 
 def _command_line() -> tuple[Any, dict[str, dict[str, bool]]]:
@@ -379,6 +390,9 @@ def _command_line() -> tuple[Any, dict[str, dict[str, bool]]]:
 def _asks_for_json(arguments: list[str]) -> bool:
     """Whether JSON was asked for, as far as the words tell before they are parsed: they may be wrong, and that error is to be JSON too."""
     return "--json" in arguments or "--format=json" in arguments or ("--format", "json") in pairwise(arguments)
+
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def _internal(error: Exception) -> BnctlError:

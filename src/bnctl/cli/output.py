@@ -8,11 +8,12 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bnctl.cli.options import Format
-from bnctl.errors import BnctlError, WorkerError
+from bnctl.errors import BnctlError, ExitCode, UsageError, WorkerError
 
 if TYPE_CHECKING:
     from bnctl.commands.setup import Progress
@@ -38,6 +39,39 @@ def write_any_character() -> None:
             stream.reconfigure(errors="bnctl")
 
 
+def open_closed_streams() -> None:
+    """Let there be a stdout and a stderr, also where the caller has closed them (``>&-``): what is written there is lost, as the caller wanted."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 it is the stream now
+
+
+def flushed(code: int) -> int:
+    """The exit code after what is left in stdout was written: another one where a command ended well, and cannot say so."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        _lose_stdout()
+        if not isinstance(error, BrokenPipeError):
+            write_error(unwritten(error), as_json=False, command="")
+            return code or int(ExitCode.USAGE)
+    return code
+
+
+def unwritten(error: OSError, report: Report | None = None) -> UsageError:
+    """What to say where stdout takes no more: the disk below it is full, say."""
+    hint = "make room for it, or send it elsewhere"
+    if report is not None:
+        written = f"{report.output.path} was written" if report.output is not None else "nothing else was written"
+        hint = f"{hint}; {written}, and the command itself ended with exit code {int(report.exit_code)}"
+    return UsageError(f"the report cannot be written to stdout: {error.strerror or error}", hint=hint)
+
+
+def _lose_stdout() -> None:
+    """What is still in the buffer would raise again at the end of the process."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def is_first_worker() -> bool:
     """Whether this process speaks: all but one of the workers that torchrun started are silent."""
     return os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
@@ -47,6 +81,9 @@ def write_report(report: Report, form: Format, *, quiet: bool, verbose: bool) ->
     """Write a report to stdout in the form that was asked for; nothing for a person who wants quiet.
 
     A reader that leaves early, as in `bnctl check ... | head`, does not change how the process ends.
+
+    Raises:
+        UsageError: stdout takes no more.
     """
     try:
         if form is Format.JSON:
@@ -59,8 +96,10 @@ def write_report(report: Report, form: Format, *, quiet: bool, verbose: bool) ->
             _show(report, verbose=verbose)
         sys.stdout.flush()
     except BrokenPipeError:
-        # What is still in the buffer would raise again at the end of the process.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _lose_stdout()
+    except OSError as error:
+        _lose_stdout()
+        raise unwritten(error, report) from error
 
 
 def _show(report: Report, *, verbose: bool) -> None:
@@ -92,10 +131,15 @@ def write_error(error: BnctlError, *, as_json: bool, command: str) -> None:
     text = Text("error: ", style="bold red").append(error.message, style="default not bold")
     if error.hint:
         text.append("\n hint: ", style="bold").append(error.hint, style="default not bold")
-    # The terminal wraps by itself; a path with a line break in it could be neither copied nor searched for.
-    Console(stderr=True).print(text, soft_wrap=True)
+    with suppress(OSError):  # the exit code says it all the same
+        # The terminal wraps by itself; a path with a line break in it could be neither copied nor searched for.
+        Console(stderr=True).print(text, soft_wrap=True)
     if as_json:
-        write_json(_error_document(error, command))
+        try:
+            write_json(_error_document(error, command))
+            sys.stdout.flush()
+        except OSError:
+            _lose_stdout()
 
 
 def _error_document(error: BnctlError, command: str) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def check_equivalence(
         device: "cpu" or "cuda".
         baseline: runs `before`, where there is a runner already.
     """
-    others = list(_variations(example, vary, branching=_may_branch(before)))
+    others = list(variations(example, vary, branching=may_branch(before)))
     with keeping(before), keeping(after):
         baseline, candidate = baseline or _opened(before, device), _opened(after, device)
         verification = compare_runners(
@@ -92,7 +92,7 @@ def _opened(model: Model, device: str) -> Runner:
     return open_runner(model, threads=min(os.cpu_count() or 1, MOST_THREADS), device=device)
 
 
-def _variations(example: Batch, vary: Collection[Varied], *, branching: bool) -> Iterator[Sequence[Batch]]:
+def variations(example: Batch, vary: Collection[Varied], *, branching: bool) -> Iterator[Sequence[Batch]]:
     """The example in other forms, each with alternatives. Another size and other values share their runs: a fault in either shows.
 
     One sample is the size to look inside at, and the cheapest; an example of one sample becomes two. Where values decide on what is computed, they are tried
@@ -109,7 +109,7 @@ def _variations(example: Batch, vary: Collection[Varied], *, branching: bool) ->
         yield from other_shapes(other)
 
 
-def _may_branch(model: Model) -> bool:
+def may_branch(model: Model) -> bool:
     """Whether the values that come in may decide on what is computed: in code they may, in an ONNX graph only where it has subgraphs."""
     if model.kind != "onnx":
         return True

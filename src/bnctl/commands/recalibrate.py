@@ -128,10 +128,15 @@ def run_recalibrate(word: str, target: Target, setup: Setup, how: Recalibration)
         target.check(model.kind)
         batches = repeated(as_batches(setup.batches()), setup.seed)
         partial = Partial(_partial_path(target), _about(model, setup, how))
+        anew = how.resume and not (partial.path is not None and partial.path.exists())
         device = setup.device if setup.device == "cpu" or workers.size == 1 else f"cuda:{_local_rank()}"
         place = Place(device, setup.threads, workers, partial, setup.progress)
         outcome = recalibrate_model(model, batches, how, place, seed=setup.seed)
         report = outcome.report
+        if anew:
+            report = replace(
+                report, notes=(*report.notes, f"there was no {partial.path} to resume from: this was a whole run")
+            )
         if workers.rank == 0 and report.exit_code == 0:
             report = replace(report, output=target.save(outcome.model, first_of(batches)))
         if workers.rank == 0:

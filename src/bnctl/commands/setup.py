@@ -127,18 +127,18 @@ class Setup:
     def example(self, model: Model) -> Batch:
         """The inputs on which a model is looked at.
 
-        The first batch of `--data`, else drawn at random: as `--input` says, else an ONNX model's signature, else a bundle's record; else those with which a
-        `.pt2` was exported.
+        Drawn at random as `--input` says, else the first batch of `--data`; else drawn at random, as an ONNX model's signature says, or a bundle's record; else
+        those with which a `.pt2` was exported.
 
         Raises:
             UsageError: none of these is there.
         """
         from bnctl.data.synthetic import parse_input, random_batch
 
-        if self.data is not None:
-            return next(iter(self.batches()))
         if self.inputs:
             return random_batch(self.inputs, seed=self.seed)
+        if self.data is not None:
+            return next(iter(self.batches()))
         if model.kind == "onnx":
             from bnctl.engines.onnx.signature import input_specs
 

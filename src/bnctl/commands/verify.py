@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from itertools import chain, islice
 from typing import TYPE_CHECKING
 
 from bnctl.commands.setup import Setup
-from bnctl.errors import ExitCode
+from bnctl.errors import ExitCode, InputError
 from bnctl.report import Artifact, Report
 
 if TYPE_CHECKING:
     from bnctl.data.batches import Batch
+    from bnctl.runtime import Runner
 
 
 def run_verify(baseline: str, candidate: str, setup: Setup, *, tolerance: float | None) -> Report:
-    """Compare two models on data, or on the example and other batch sizes. A failure is a result: exit code 1."""
-    from bnctl.data.resize import other_batch_sizes
+    """Compare two models on data, or on the example. A failure is a result: exit code 1.
+
+    They are compared on other batch sizes, too. And where the inputs are drawn at random, on other values and choices (a flag, a number, a mask), and on other
+    sizes of the other axes, as far as both models take those: an export may have fixed them on purpose, and then the report says so.
+    """
+    from bnctl.commands.equivalence import may_branch, variations
+    from bnctl.data.resize import other_batch_sizes, other_shapes, resized
     from bnctl.runtime import open_runner
     from bnctl.verification import compare_runners
 
@@ -25,22 +33,47 @@ def run_verify(baseline: str, candidate: str, setup: Setup, *, tolerance: float 
     first, second = open_runner(before, device=setup.device), open_runner(after, device=setup.device)
 
     example = setup.example(before)
+    notes: list[str] = []
 
     def batches() -> Iterator[Batch]:
-        source = setup.batches() if setup.data is not None else [example]
+        given = [] if setup.data is not None and not setup.inputs else [example]
+        source = chain(given, setup.batches() if setup.data is not None else [])
         for number, batch in enumerate(source, start=1):
             yield batch
             setup.progress("verify", number, None)
 
-    verification = compare_runners(
-        first, second, batches(), where_taken=[[other] for other in other_batch_sizes(example)], tolerance=tolerance
-    )
+    def where_taken() -> Iterator[Sequence[Batch]]:
+        yield from ([other] for other in other_batch_sizes(example))
+        if setup.data is not None:  # it says what values, choices and sizes matter
+            return
+        yield from variations(example, ("values", "choices"), branching=may_branch(before) or may_branch(after))
+        fixed = False
+        for ways in other_shapes(resized(example, 1) if example.size else example):
+            by_first = list(islice(_taken(first, ways), 1))
+            by_both = list(islice(_taken(second, by_first), 1))
+            fixed |= len(by_both) < len(by_first)
+            yield from ([other] for other in by_both)
+        if fixed:
+            notes.append(
+                f"{after.word} takes only some of the sizes that {before.word} takes: these alone were compared"
+            )
+
+    verification = compare_runners(first, second, batches(), where_taken=where_taken(), tolerance=tolerance)
     return Report(
         "verify",
         Artifact(before.word, before.sha256),
         verification=verification.to_dict(),
         details={"candidate": {"path": after.word, "sha256": after.sha256}},
         summary={"passed": verification.passed},
+        notes=tuple(notes),
         exit_code=ExitCode.OK if verification.passed else ExitCode.FAILED,
         elapsed_s=time.perf_counter() - started,
     )
+
+
+def _taken(runner: Runner, batches: Sequence[Batch]) -> Iterator[Batch]:
+    """Those of some batches that a model takes."""
+    for batch in batches:
+        with suppress(InputError):
+            runner.run(batch)
+            yield batch

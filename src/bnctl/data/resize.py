@@ -39,7 +39,12 @@ def other_values(batch: Batch) -> Iterator[Batch]:
 
 
 def _scaled(value: Any, factor: float, offset: float) -> Any:
-    return value * factor + offset if _is_array(value) and _kind(value) == "f" else value
+    return _as_it_was(value, value * factor + offset) if _is_array(value) and _kind(value) == "f" else value
+
+
+def _as_it_was(value: Any, other: Any) -> Any:
+    """An array where one was: numpy makes a number of what it computes from a single one."""
+    return np.asarray(other) if isinstance(value, np.ndarray) else other
 
 
 def other_choices(batch: Batch, *, arrays: bool = True) -> list[list[Batch]]:
@@ -72,12 +77,12 @@ def _other_choices(value: Any) -> list[Any]:
         return [value * 0.3 or 1.0, 2 * value + 3]
     kind = _kind(value) if _is_array(value) else ""
     if kind == "b":
-        return [~value]
+        return [_as_it_was(value, ~value)]
     if kind not in {"i", "u"} or 0 in value.shape:
         return []
     try:
         turned = value if not value.ndim else value.flip(-1) if hasattr(value, "flip") else np.flip(value, -1)
-        return [turned if (turned != value).any() else value - 1 if (value > 0).all() else value + 1]
+        return [turned if (turned != value).any() else _as_it_was(value, value - 1 if (value > 0).all() else value + 1)]
     except RuntimeError:  # torch knows types with which it can do next to nothing
         return []
 

@@ -158,6 +158,8 @@ def _write_state(path: Path, module: nn.Module, ties: Mapping[str, str]) -> None
     try:
         save_file(stored, path, metadata={"format": "pt"})
     except Exception as error:  # sparse and quantised tensors each fail in their own way
+        if isinstance(error, OSError) or "os error" in str(error):
+            raise UsageError(f"{path} cannot be written: {error}", hint="is there room on the disk?") from error
         raise ModelError(
             f"the tensors of {type(module).__name__} cannot be stored: {error}", hint="write it as .pt2 or .onnx"
         ) from error

@@ -92,7 +92,10 @@ def fit(value: Any, spec: InputSpec, model: str) -> NDArray[Any]:
         and all(not isinstance(want, int) or want == got for want, got in zip(spec.shape, array.shape, strict=True))
     )
     if not fits:
-        raise ModelError(f"{where}, got shape {list(array.shape)}", hint="give inputs of that shape (--input, --data)")
+        hint = "give inputs of that shape (--input, --data)"
+        if len(spec.shape) == array.ndim and isinstance(spec.shape[0], int) and spec.shape[0] != array.shape[0]:
+            hint += f"; --batch-size {spec.shape[0]} makes such batches of the data"
+        raise ModelError(f"{where}, got shape {list(array.shape)}", hint=hint)
     cast = _cast(array, spec.dtype)
     if cast is None:
         raise ModelError(f"{where}, got {array.dtype}, which cannot be cast safely", hint=f"convert it to {spec.dtype}")

@@ -1,0 +1,117 @@
+"""`bnctl verify` as a gate: what it looks at beyond the inputs that it was given, and what it does not."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from conftest import TEST
+from test_onnx_checks import Net
+
+NETS = """
+import torch
+from torch import nn
+
+class Choosing(nn.Module):
+    def __init__(self, code):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.code = nn.Conv2d(3, 4, 3), code
+
+    def forward(self, x, flag=None):
+        return self.code(self.conv(x), *([] if flag is None else [flag]))
+
+def flag():
+    return Choosing(lambda y, flag: y).eval()
+
+def flag_wrong():
+    return Choosing(lambda y, flag: torch.where(flag, y, 3 * y)).eval()
+
+def plain():
+    return Choosing(lambda y: y).eval()
+
+def of_one_size():
+    def code(y):
+        if y.shape[-1] != 6:
+            raise ValueError("made for one size")
+        return y
+    return Choosing(code).eval()
+
+def wrong_size():
+    return Choosing(lambda y: y + (y.shape[-1] - 6)).eval()
+
+def wrong_sign():
+    return Choosing(lambda y: y if y.max() < 3 else y.clamp(max=3)).eval()
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "verify_nets", raising=False)
+    Path("verify_nets.py").write_text(NETS)
+
+
+IMAGE = ("--input", "2x3x8x8")
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "inputs"),
+    [
+        ("flag", "flag_wrong", (*IMAGE, "--input", "flag::bool")),
+        ("plain", "wrong_size", IMAGE),
+        ("plain", "wrong_sign", IMAGE),
+    ],
+)
+def test_what_the_drawn_inputs_do_not_show(cli: Any, right: str, wrong: str, inputs: tuple[str, ...]) -> None:
+    right, wrong = f"verify_nets:{right}", f"verify_nets:{wrong}"
+    assert cli("verify", right, right, *inputs).code == 0
+    ended = cli("verify", right, wrong, *inputs)
+    assert ended.code == 1
+    assert "varied" in ended.out
+    np.savez("data.npz", x=np.zeros((4, 3, 8, 8), np.float32))
+    if "bool" not in str(inputs):  # with data, these say what matters
+        assert cli("verify", right, wrong, "--data", "data.npz").code == 0
+
+
+def test_a_branch_that_the_drawn_condition_does_not_take(cli: Any) -> None:
+    files = []
+    for factor in (1.0, 1.1):
+        net = Net("N", 3, 8, 8)
+        flag = onnx.helper.make_tensor_value_info("flag", onnx.TensorProto.BOOL, [])
+        net.inputs.append(flag)
+        branches = []
+        for name, scale in (("then", 1.0), ("else", factor)):
+            node = onnx.helper.make_node("Mul", ["x", net.param(np.array(scale))], [name])
+            out = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["N", 3, 8, 8])
+            branches.append(onnx.helper.make_graph([node], name, [], [out]))
+        net.nodes.append(onnx.helper.make_node("If", ["flag"], ["y"], then_branch=branches[0], else_branch=branches[1]))
+        files.append(f"{factor}.onnx")
+        onnx.save(net.proto("y"), files[-1])
+    assert cli("verify", files[0], files[0]).code == 0
+    assert cli("verify", *files).code == 1
+
+
+def test_sizes_that_only_one_of_the_two_takes_are_no_fault_and_are_said(cli: Any) -> None:
+    ended = cli("verify", "verify_nets:plain", "verify_nets:of_one_size", *IMAGE)
+    assert ended.code == 0
+    assert "takes only some of the sizes" in ended.out
+    assert "takes only some" not in cli("verify", "verify_nets:of_one_size", "verify_nets:plain", *IMAGE).out
+
+
+def test_inputs_that_are_given_beside_data_are_looked_at(cli: Any) -> None:
+    words = ("bnctl.fixture:with_bn", "--data", TEST, "--limit", "8", "--dry-run")
+    assert cli("fold", *words).code == 0
+    assert cli("fold", *words, "--input", "1x1x8x8").code == 0
+    ended = cli("fold", *words, "--input", "1x7x8x8")
+    assert ended.code == 2
+    assert "fails on the example input" in ended.err
+    np.savez("zeros.npz", x=np.zeros((4, 3, 8, 8), np.float32))
+    words = ("verify", "verify_nets:plain", "verify_nets:wrong_size", "--data", "zeros.npz")
+    assert cli(*words).code == 0
+    assert cli(*words, "--input", "1x3x9x9").code == 1
