@@ -266,10 +266,16 @@ def test_bytes(word: str, number: int) -> None:
 
 def test_options_of_torch_models_are_refused_for_onnx(cli: Any) -> None:
     model = str(fixture_path("digits_bn.onnx"))
-    for option in (("--resume",), ("--autocast", "bf16")):
-        ended = cli("recalibrate", model, "--data", UNLABELLED, "-o", "out.onnx", *option)
-        assert ended.code == ExitCode.USAGE
-        assert option[0] in ended.err
+    ended = cli("recalibrate", model, "--data", UNLABELLED, "-o", "out.onnx", "--autocast", "bf16")
+    assert ended.code == ExitCode.USAGE
+    assert "--autocast" in ended.err
+
+
+def test_a_run_with_nothing_to_resume_says_so(cli: Any) -> None:
+    for model, out in ((BN, "out"), (str(fixture_path("digits_bn.onnx")), "out.onnx")):
+        words = ("recalibrate", model, "--data", UNLABELLED, "-o", out)
+        assert f"there was no {out}.partial to resume from" in " ".join(cli(*words, "--resume").out.split())
+        assert "to resume" not in cli(*words, "--force").out
 
 
 def test_onnx_models_are_recalibrated_and_judged_too(cli: Any) -> None:
