@@ -106,6 +106,28 @@ def test_a_value_of_the_environment_is_checked(cli, monkeypatch):
     ended = cli("inspect", ONNX_BN)
     assert ended.code == 2
     assert "--batch-size" in ended.err
+    assert "the value is from the environment variable BNCTL_BATCH_SIZE" in " ".join(ended.err.split())
+    assert "environment" not in cli("inspect", ONNX_BN, "--batch-size", "few").err
+
+
+@pytest.mark.parametrize("text", ["threads = 'two'", "[inspect]\nthreads = 'two'"])
+def test_a_wrong_value_of_a_file_is_said_to_be_from_there(text, cli):
+    Path("bnctl.toml").write_text(text)
+    ended = cli("inspect", ONNX_BN)
+    assert ended.code == 2
+    assert "--threads" in ended.err
+    assert "bnctl.toml" in ended.err
+    assert "bnctl.toml" not in cli("inspect", ONNX_BN, "--limit", "x").err
+
+
+def test_a_misspelt_variable_is_refused(cli, monkeypatch):
+    monkeypatch.setenv("BNCTL_MY_OWN_THING", "1")
+    assert cli("inspect", ONNX_BN).code == 0
+    monkeypatch.setenv("BNCTL_TOLERENCE", "1e-12")
+    ended = cli("inspect", ONNX_BN)
+    assert ended.code == 2
+    assert "BNCTL_TOLERENCE" in ended.err
+    assert "did you mean BNCTL_TOLERANCE?" in ended.err
 
 
 def test_trust(cli, folder):

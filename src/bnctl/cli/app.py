@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import os
+import re
 import sys
 from contextlib import AbstractContextManager
 from itertools import pairwise
@@ -362,7 +363,11 @@ def run(arguments: list[str]) -> int:
         return fail(Interrupted("interrupted"))
     except _ClickException as error:
         message = error.format_message()  # type: ignore[attr-defined]
-        return fail(UsageError(message, hint=" ".join(["bnctl", *([command] if command in options else []), "--help"])))
+        option = next(iter(re.findall(r"--[a-z][a-z-]+", message)), "")
+        given = any(word.partition("=")[0] == option for word in arguments)
+        source = None if given else config.origin(option, command, settings, path, os.environ)
+        asked = " ".join(["bnctl", *([command] if command in options else []), "--help"])
+        return fail(UsageError(message, hint=asked if source is None else f"the value is from {source}; {asked}"))
     except SystemExit as error:
         if isinstance(error.__context__, BrokenPipeError):
             return int(ExitCode.OK)  # rich's answer to a reader that left, such as `bnctl --help | head`

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import tomllib
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -66,7 +67,7 @@ def default_map(
         environment: usually `os.environ`.
 
     Raises:
-        UsageError: a key that no command knows: a setting that is not read must not look as if it were.
+        UsageError: a key that no command knows, or a variable that looks like one that is read: what is not read must not look as if it were.
     """
     tables = {key: value for key, value in settings.items() if isinstance(value, dict)}
     general = {k: v for k, v in settings.items() if k not in tables and k not in GLOBAL_KEYS}
@@ -78,6 +79,7 @@ def default_map(
     _refuse_unknown(
         general, everywhere, f"{path}: unknown setting", "settings are named like the long options: batch-size = 64"
     )
+    _refuse_misspelt(environment, commands)
     found = {}
     for command, options in commands.items():
         own = tables.get(command, {})
@@ -94,6 +96,39 @@ def default_map(
             if text:
                 found[command][key] = text.split() if repeatable else text
     return found
+
+
+def origin(
+    option: str, command: str, settings: Mapping[str, Any], path: Path | None, environment: Mapping[str, str]
+) -> str | None:
+    """Where an option gets its value, if not from the command line.
+
+    Args:
+        option: as on the command line, ``--batch-size``.
+        command: that has it.
+        settings: what the file holds.
+        path: the file.
+        environment: usually `os.environ`.
+    """
+    key = option.removeprefix("--")
+    name = key.replace("-", "_")
+    for variable in (f"BNCTL_{command}_{name}".upper(), f"BNCTL_{name}".upper()):
+        if environment.get(variable):
+            return f"the environment variable {variable}"
+    own = settings.get(command)
+    given = {*settings, *(own if isinstance(own, dict) else ())}
+    return f"the file {path}" if {key, name} & given else None
+
+
+def _refuse_misspelt(environment: Mapping[str, str], commands: Mapping[str, Mapping[str, bool]]) -> None:
+    known = {"BNCTL_TRACEBACK"}
+    for command, options in commands.items():
+        known |= {f"BNCTL_{name}".upper() for name in options} | {f"BNCTL_{command}_{name}".upper() for name in options}
+    for variable in environment:
+        if variable.startswith("BNCTL_") and variable not in known:
+            close = difflib.get_close_matches(variable, known, n=1, cutoff=0.85)
+            if close:
+                raise UsageError(f"nothing reads the environment variable {variable}", hint=f"did you mean {close[0]}?")
 
 
 def _refuse_unknown(given: Mapping[str, Any], known: Collection[str], problem: str, hint: str) -> None:
