@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_map
 
-from bnctl.engines.torch.record import tensors_in
+from bnctl.engines.torch.nested import tensors_in
 
 WRONG = 1e-2
 """What the naive fold must be wrong by, for a trap to be one."""

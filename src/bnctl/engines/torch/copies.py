@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from bnctl.engines.torch.record import tensors_in
+from bnctl.engines.torch.nested import tensors_in
 from bnctl.engines.torch.relayer import give_layers_back
 from bnctl.errors import ModelError
 

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnctl.engines.torch.record import Ref, tensors_in
+from bnctl.engines.torch.nested import tensors_in
+from bnctl.engines.torch.record import Ref
 
 REPLAYED = frozenset(
     "add sub mul div maximum minimum conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution linear matmul mm addmm embedding "

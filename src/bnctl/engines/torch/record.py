@@ -14,7 +14,7 @@ import gc
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from types import FrameType
 from typing import Any
@@ -25,6 +25,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnctl.engines.torch.living import LivingTensors, storage_of
+from bnctl.engines.torch.nested import tensors_in
 from bnctl.engines.torch.surroundings import layer_by_layer, values_read, young_objects_only
 
 ALIASED_WRITE = "bnctl.aliased_write"
@@ -166,36 +167,8 @@ def record(
     return recorder.trace
 
 
-def tensors_in(tree: Any) -> list[Tensor]:
-    """All tensors in nested tuples, lists, mappings, dataclasses and plain objects, in order, each once."""
-    if isinstance(tree, Tensor):
-        return [tree]
-    found: dict[int, Tensor] = {}
-    seen: set[int] = set()
-    todo = [tree]
-    while todo:
-        item = todo.pop()
-        if isinstance(item, Tensor):
-            found.setdefault(id(item), item)
-        elif id(item) not in seen and not isinstance(item, _WITHOUT_TENSORS):
-            seen.add(id(item))
-            todo.extend(reversed(list(_children(item))))
-    return list(found.values())
-
-
 _PLAIN = {int, float, bool, str, type(None)}
-_WITHOUT_TENSORS = (str, bytes, int, float, bool, type(None), nn.Module, type)
-
-
-def _children(item: Any) -> Iterator[Any]:
-    if isinstance(item, (tuple, list, set, frozenset)):
-        yield from item
-    elif isinstance(item, Mapping):
-        yield from item.values()
-    elif is_dataclass(item):
-        yield from (getattr(item, f.name) for f in fields(item))
-    elif hasattr(item, "__dict__"):
-        yield from vars(item).values()
+"""Types of which objects are recorded as they are."""
 
 
 class _Recorder(TorchDispatchMode):
