@@ -45,6 +45,22 @@ def of_one_size():
 def wrong_size():
     return Choosing(lambda y: y + (y.shape[-1] - 6)).eval()
 
+def masked(code):
+    def with_mask(y):
+        y = code(y)
+        y[..., -1] = float("-inf")
+        return y
+    return Choosing(with_mask).eval()
+
+def masked_plain():
+    return masked(lambda y: y)
+
+def masked_wrong_size():
+    return masked(lambda y: y + (y.shape[-1] - 6))
+
+def masked_wrong_batch():
+    return masked(lambda y: y * (1 + (len(y) != 2)))
+
 def wrong_sign():
     return Choosing(lambda y: y if y.max() < 3 else y.clamp(max=3)).eval()
 """
@@ -66,6 +82,8 @@ IMAGE = ("--input", "2x3x8x8")
         ("flag", "flag_wrong", (*IMAGE, "--input", "flag::bool")),
         ("plain", "wrong_size", IMAGE),
         ("plain", "wrong_sign", IMAGE),
+        ("masked_plain", "masked_wrong_size", IMAGE),
+        ("masked_plain", "masked_wrong_batch", (*IMAGE, "--seed", "1")),
     ],
 )
 def test_what_the_drawn_inputs_do_not_show(cli: Any, right: str, wrong: str, inputs: tuple[str, ...]) -> None:
@@ -75,7 +93,7 @@ def test_what_the_drawn_inputs_do_not_show(cli: Any, right: str, wrong: str, inp
     assert ended.code == 1
     assert "varied" in ended.out
     np.savez("data.npz", x=np.zeros((4, 3, 8, 8), np.float32))
-    if "bool" not in str(inputs):  # with data, these say what matters
+    if "bool" not in str(inputs) and "batch" not in wrong:  # with data, these say what matters
         assert cli("verify", right, wrong, "--data", "data.npz").code == 0
 
 
@@ -102,6 +120,16 @@ def test_sizes_that_only_one_of_the_two_takes_are_no_fault_and_are_said(cli: Any
     assert ended.code == 0
     assert "takes only some of the sizes" in ended.out
     assert "takes only some" not in cli("verify", "verify_nets:of_one_size", "verify_nets:plain", *IMAGE).out
+
+
+def test_an_export_for_one_batch_size_passes_and_that_is_said(cli: Any) -> None:
+    assert cli("export", "verify_nets:plain", "-o", "one.onnx", "--static-batch", *IMAGE).code == 0
+    ended = cli("verify", "verify_nets:plain", "one.onnx", *IMAGE)
+    assert ended.code == 0
+    assert "one.onnx is made for one batch size" in " ".join(ended.out.split())
+    assert cli("export", "verify_nets:plain", "-o", "any.onnx", *IMAGE).code == 0
+    assert "one batch size" not in cli("verify", "verify_nets:plain", "any.onnx", *IMAGE).out
+    assert cli("verify", "verify_nets:masked_wrong_batch", "one.onnx", *IMAGE).code == 1
 
 
 def test_inputs_that_are_given_beside_data_are_looked_at(cli: Any) -> None:

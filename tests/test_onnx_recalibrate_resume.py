@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from bnctl.data.batches import Batch
 from bnctl.engines.onnx import recalibrate as engine
 from bnctl.engines.onnx.recalibration import schedules
-from bnctl.errors import ExitCode, UsageError
+from bnctl.errors import DataError, ExitCode, UsageError
 from bnctl.fixture import fixture_path
 from bnctl.recalibration.partial import Partial
 from conftest import MAIN
 from onnx_recalibration import bits, data, residual, split
+from test_onnx_checks import FREE, Net
 
 HOWS: list[dict[str, Any]] = [
     {},
@@ -101,12 +103,62 @@ def test_what_is_known_is_not_computed_again(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(
         schedules,
         "_advance",
-        lambda bench, border, level, *more: levels.append(level) or advance(bench, border, level, *more),
+        lambda bench, border, parts, level, *more: levels.append(level) or advance(bench, border, parts, level, *more),
     )
     gone_on("exact", 2)
     assert sorted(levels) == list(range(len(levels)))  # each of them once, by one run or the other
     assert levels[:2] == [0, 1]
     assert len(levels) > 2
+
+
+def test_half_precision_is_rounded_at_the_same_places(tmp_path: Path) -> None:
+    """The runtime computes it in float32, and rounds what leaves a session."""
+    net, name = Net(FREE, 32, 6, 6, dtype=np.float16), "x"
+    for _ in range(5):
+        name = net.add("Relu", net.bn(net.conv(name, 32, 32, 1), 32))
+    model, given = net.model(name), split(data(24, 32, 6, 6).astype(np.float16), *[4] * 6)
+    whole = bits(engine.recalibrate(model, given).model)
+    assert bits(engine.recalibrate(model, given, memory_bytes=0).model) == whole
+    for after in (1, 3, 4):
+        partial = Partial(tmp_path / f"{after}.partial", every_s=1e9)
+        with pytest.raises(Stopped):
+            engine.recalibrate(model, given, progress=stopping(after), partial_file=partial)
+        assert bits(engine.recalibrate(model, given, partial_file=partial, resume=True).model) == whole
+
+
+def test_a_model_whose_external_data_changed_is_another(
+    cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    proto = residual().proto("y")
+    onnx.save(proto, "model.onnx", save_as_external_data=True, location="model.data", size_threshold=0)
+    x = data(40, 3, 8, 8)
+    x[-1] = np.nan
+    np.savez("bad.npz", x=x)
+    words = ("recalibrate", "model.onnx", "--data", "bad.npz", "--batch-size", "4", "--method", "ema", "-o", "out.onnx")
+    assert cli(*words).code == 2
+    assert Path("out.onnx.partial").exists()
+    assert "holds NaN" in cli(*words, "--resume").err
+    Path("model.data").write_bytes(Path("model.data").read_bytes()[::-1])
+    assert "is of another run" in cli(*words, "--resume").err
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    model, given, path = residual().model("y"), split(data(12, 3, 8, 8), 4, 4, 4), tmp_path / "p"
+    with pytest.raises(Stopped):
+        engine.recalibrate(model, given, progress=stopping(1), partial_file=Partial(path))
+    whole, random = path.read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for _ in range(200):
+        damaged = bytearray(whole)
+        damaged[random.integers(len(whole))] ^= int(random.integers(1, 256))
+        path.write_bytes(damaged)
+        try:
+            Partial(path).read()
+        except DataError as error:
+            assert str(path) in error.message
+            refused += 1
+    assert refused > 100
 
 
 def test_a_file_of_another_run(tmp_path: Path) -> None:

@@ -270,12 +270,16 @@ def _about(model: Model, setup: Setup, how: Recalibration) -> dict[str, Any]:
 
 
 def _fingerprint(model: Model) -> str | None:
-    """A digest of a torch model's parameters and buffers; an ONNX model has that of its file."""
+    """A digest of a torch model's parameters and buffers; an ONNX model has that of its file, and here sizes and times of those with its external data."""
+    native: Any = model.native
     if model.kind == "onnx":
-        return None
+        import onnx_ir
+
+        tensors = (value.const_value for value in native.graph.initializers.values())
+        files = sorted({str(tensor.path) for tensor in tensors if isinstance(tensor, onnx_ir.ExternalTensor)})
+        return "; ".join(f"{file}: {_stamp(file)}" for file in files) or None
     import torch
 
-    native: Any = model.native
     digest = hashlib.sha256()
     for name, value in native.state_dict().items():
         digest.update(name.encode())

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import chain, islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bnctl.commands.setup import Setup
 from bnctl.errors import ExitCode, InputError
@@ -14,14 +14,16 @@ from bnctl.report import Artifact, Report
 
 if TYPE_CHECKING:
     from bnctl.data.batches import Batch
+    from bnctl.models.model import Model
     from bnctl.runtime import Runner
 
 
 def run_verify(baseline: str, candidate: str, setup: Setup, *, tolerance: float | None) -> Report:
     """Compare two models on data, or on the example. A failure is a result: exit code 1.
 
-    They are compared on other batch sizes, too. And where the inputs are drawn at random, on other values and choices (a flag, a number, a mask), and on other
-    sizes of the other axes, as far as both models take those: an export may have fixed them on purpose, and then the report says so.
+    They are compared on other batch sizes, too, unless the candidate says that it takes one only. And where the inputs are drawn at random, on other values and
+    choices (a flag, a number, a mask), and on other sizes of the other axes, as far as both models take those: an export may have fixed them on purpose, and
+    then the report says so.
     """
     from bnctl.commands.equivalence import may_branch, variations
     from bnctl.data.resize import other_batch_sizes, other_shapes, resized
@@ -43,12 +45,16 @@ def run_verify(baseline: str, candidate: str, setup: Setup, *, tolerance: float 
             setup.progress("verify", number, None)
 
     def where_taken() -> Iterator[Sequence[Batch]]:
-        yield from ([other] for other in other_batch_sizes(example))
+        fixed_batch = _has_fixed_batch(after)
+        if fixed_batch:
+            notes.append(f"{after.word} is made for one batch size: others were not compared")
+        else:
+            yield from ([other] for other in other_batch_sizes(example))
         if setup.data is not None:  # it says what values, choices and sizes matter
             return
         yield from variations(example, ("values", "choices"), branching=may_branch(before) or may_branch(after))
         fixed = False
-        for ways in other_shapes(resized(example, 1) if example.size else example):
+        for ways in other_shapes(resized(example, 1) if example.size and not fixed_batch else example):
             by_first = list(islice(_taken(first, ways), 1))
             by_both = list(islice(_taken(second, by_first), 1))
             fixed |= len(by_both) < len(by_first)
@@ -69,6 +75,16 @@ def run_verify(baseline: str, candidate: str, setup: Setup, *, tolerance: float 
         exit_code=ExitCode.OK if verification.passed else ExitCode.FAILED,
         elapsed_s=time.perf_counter() - started,
     )
+
+
+def _has_fixed_batch(model: Model) -> bool:
+    """Whether a model says that it takes batches of one size only, as `export --static-batch` makes them."""
+    if model.kind != "onnx":
+        return model.dynamic_axes is not None and not any(0 in axes for axes in model.dynamic_axes)
+    native: Any = model.native
+    shapes = [value.shape for value in native.graph.inputs if value.name not in native.graph.initializers]
+    with_axes = [shape for shape in shapes if shape is not None and len(shape)]
+    return bool(with_axes) and all(isinstance(shape[0], int) for shape in with_axes)
 
 
 def _taken(runner: Runner, batches: Sequence[Batch]) -> Iterator[Batch]:

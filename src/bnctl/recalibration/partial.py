@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import time
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,11 +96,11 @@ class Partial:
                 head["count"],
                 frozenset(head["skipped"]),
             )
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            other = [key for key in {**about, **self._about} if about.get(key) != self._about.get(key)]
+        except Exception as error:  # zipfile, numpy and json each have several for a damaged file
             raise DataError(
                 f"{self.path} cannot be read: {error}", hint="remove it, and run without --resume"
             ) from error
-        other = [key for key in {**about, **self._about} if about.get(key) != self._about.get(key)]
         if other:
             said = ", ".join(f"{key} was {about.get(key)} and is {self._about.get(key)}" for key in other)
             raise UsageError(

@@ -76,7 +76,7 @@ class TorchEngine:
             except Exception as error:
                 raise ModelError(
                     f"{model.word} fails on the example input: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}",
-                    hint="give the shapes that the model takes with --input, or real data with --data",
+                    hint="give the shapes that the model takes with --input, or real data with --data (and without --input, which comes first)",
                 ) from error
         if trace.overwritten:  # buffers are put back after each pass; copies of all parameters would be too dear
             raise ModelError(

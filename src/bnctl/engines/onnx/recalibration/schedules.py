@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -92,12 +92,22 @@ def level_by_level(
     accounts: Accounts = {}
     statistics: dict[str, onnxruntime.OrtValue] = {}
     border = _Border()
+    parts = {level: Part(bench, level - 1, level) for level in range(network.depth)}
     for level in range(network.depth):
         sites = network.sites_at(level)
         if level < network.depth - 1 and begun.accounts.keys() >= set(sites):
             accounts |= {site: begun.accounts[site] for site in sites}
         else:
-            border = _advance(bench, border, level, statistics, accounts, memory_bytes)
+            border = _advance(
+                bench,
+                border,
+                [parts[n] for n in range(border.level + 1, level + 1)],
+                level,
+                statistics,
+                accounts,
+                memory_bytes,
+            )
+            parts = {n: part for n, part in parts.items() if n > border.level}
         for site in sites:
             statistics |= bench.inputs_of(site, settle(site, accounts[site]))
         keep(Progress(dict(accounts), samples=bench.samples or 0))
@@ -162,6 +172,7 @@ class _Border:
 def _advance(
     bench: Workbench,
     border: _Border,
+    parts: Sequence[Part],
     level: int,
     statistics: Mapping[str, onnxruntime.OrtValue],
     accounts: Accounts,
@@ -169,14 +180,18 @@ def _advance(
 ) -> _Border:
     """Run all batches to a level and return its border, or the last one where this one would not fit into memory.
 
+    Always in the same parts, from level to level: the runtime computes half precision in float32, and rounds what leaves a part.
+
     Coming from the data, whose amount is not known, that shows when the limit is reached. Coming from a border, it is foreseen at the first batch, in
     proportion to what is held there, and that is let go batch by batch.
     """
     network = bench.network
-    part, next_, fits = Part(bench, border.level, level), _Border(level), True
+    next_, fits = _Border(level), True
     at_data = border.level < 0
     for feed in bench.feeds() if at_data else map(border.feeds.__getitem__, tuple(border.feeds)):
-        reached = part.run(feed, statistics)
+        reached = feed
+        for between, part in enumerate(parts, border.level):
+            reached = part.run(reached.only(network.boundary(between)) if part is not parts[0] else feed, statistics)
         for site in network.sites_at(level):
             enter(accounts, site, bench.seen_by(site, reached))
         if not fits:
