@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
-from conftest import TEST
+from conftest import PLAIN, TEST
 from test_onnx_checks import Net
 
 NETS = """
@@ -139,6 +139,9 @@ def test_inputs_that_are_given_beside_data_are_looked_at(cli: Any) -> None:
     ended = cli("fold", *words, "--input", "1x7x8x8")
     assert ended.code == 2
     assert "fails on the example input" in ended.err
+    words = ("insert", PLAIN, "--data", TEST, "--limit", "8", "--dry-run")
+    assert cli(*words, "--input", "1x1x8x8").code == 0
+    assert cli(*words, "--input", "1x7x8x8").code == 2
     np.savez("zeros.npz", x=np.zeros((4, 3, 8, 8), np.float32))
     words = ("verify", "verify_nets:plain", "verify_nets:wrong_size", "--data", "zeros.npz")
     assert cli(*words).code == 0

@@ -30,6 +30,7 @@ def insert_model(
     model: Model,
     batches: Iterable[Batch],
     *,
+    example: Batch | None = None,
     selection: Selection | None = None,
     eps: float = DEFAULT_EPS,
     tolerance: float | None = None,
@@ -38,6 +39,17 @@ def insert_model(
     progress: Progress = no_progress,
 ) -> Outcome:
     """Put a BatchNorm that computes the identity behind every linear layer that feeds an activation.
+
+    Args:
+        model: left alone.
+        batches: the statistics are theirs.
+        example: on which the model is looked at; by default their first.
+        selection: of layers; all by default.
+        eps: of the new layers.
+        tolerance: of the check; by default it follows from the dtype.
+        dry_run: only the plan.
+        device: where the check runs.
+        progress: is told how far it is.
 
     Raises:
         DataError: there are no data, or they are not finite.
@@ -49,7 +61,7 @@ def insert_model(
     started = time.perf_counter()
     selection = selection or Selection()
     engine = engine_of(model)
-    example = first_of(batches)
+    example = first_of(batches) if example is None else example
     captured = engine.capture(model, example)
     plan = plan_insert(captured.graph, selection=selection, last_axis=engine.last_axis)
     selection.check(site.name for site in plan)
@@ -93,6 +105,7 @@ def run_insert(
     outcome = insert_model(
         model,
         batches,
+        example=setup.example(model) if setup.inputs else None,
         selection=selection,
         eps=eps,
         tolerance=tolerance,
