@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -14,6 +17,7 @@ import pytest
 
 import bnctl
 from bnctl.cli.app import run
+from bnctl.errors import ExitCode
 from bnctl.fixture import fixture_path
 
 PLAIN = f"bnctl.fixture:plain@{fixture_path('digits_plain.safetensors')}"
@@ -159,3 +163,17 @@ def golden(request):
         assert text == path.read_text(), f"{name} differs; if that is meant: pytest --update-golden"
 
     return compare
+
+
+def stopped(run: subprocess.Popen[str], partial: Path, how: signal.Signals) -> str:
+    """Stop a recalibration as soon as it has kept something; what it said."""
+    deadline = time.monotonic() + 100
+    while not partial.exists():
+        assert time.monotonic() < deadline
+        assert run.poll() is None, run.stderr.read()
+        time.sleep(0.05)
+    run.send_signal(how)
+    _, error = run.communicate(timeout=60)
+    assert run.returncode == (ExitCode.INTERRUPTED if how is signal.SIGINT else -how)
+    assert "Traceback" not in error
+    return error

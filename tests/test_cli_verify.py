@@ -146,3 +146,13 @@ def test_inputs_that_are_given_beside_data_are_looked_at(cli: Any) -> None:
     words = ("verify", "verify_nets:plain", "verify_nets:wrong_size", "--data", "zeros.npz")
     assert cli(*words).code == 0
     assert cli(*words, "--input", "1x3x9x9").code == 1
+
+
+def test_a_model_of_one_batch_size_says_how_to_feed_it(cli: Any) -> None:
+    assert cli("export", "verify_nets:plain", "-o", "one.onnx", "--static-batch", *IMAGE).code == 0
+    np.savez("four.npz", x=np.zeros((4, 3, 8, 8), np.float32))
+    words = ("verify", "one.onnx", "one.onnx", "--data", "four.npz")
+    ended = cli(*words)
+    assert ended.code == 2
+    assert "--batch-size 2 makes such batches" in " ".join(ended.err.split())
+    assert cli(*words, "--batch-size", "2").code == 0

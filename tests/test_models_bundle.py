@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -280,3 +282,22 @@ def test_force_replaces_nothing_but_a_bundle(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not a bundle"):
         save_bundle(tmp_path / "home", random_net(), Origin(f"{HERE}:Net"), force=True)
     assert (tmp_path / "home" / "thesis.txt").read_text() == "precious"
+
+
+def test_a_full_disk_is_no_fault_of_the_model(tmp_path):
+    """A limit on the size of files stands for it: what is written beyond fails as on a full disk."""
+    code = (
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
+        "from bnctl.cli.app import run\n"
+        "sys.exit(run(sys.argv[1:]))\n"
+    )
+    words = ["fold", "bnctl.fixture:with_bn", "--input", "2x1x8x8", "-o", "out"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=100
+    )
+    assert done.returncode == 2, done.stderr
+    assert "cannot be written" in done.stderr
+    assert "is there room on the disk?" in done.stderr
+    assert not (tmp_path / "out").exists()

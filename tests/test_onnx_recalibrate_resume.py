@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,10 @@ import pytest
 from bnctl.data.batches import Batch
 from bnctl.engines.onnx import recalibrate as engine
 from bnctl.engines.onnx.recalibration import schedules
-from bnctl.errors import DataError, ExitCode, UsageError
+from bnctl.errors import DataError, UsageError
 from bnctl.fixture import fixture_path
 from bnctl.recalibration.partial import Partial
-from conftest import MAIN
+from conftest import MAIN, stopped
 from onnx_recalibration import bits, data, residual, split
 from test_onnx_checks import FREE, Net
 
@@ -198,15 +197,7 @@ def test_the_command_goes_on_where_it_was_stopped(
     with subprocess.Popen(
         command("-o", "out.onnx"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as run:
-        deadline = time.monotonic() + 100
-        while not Path("out.onnx.partial").exists():
-            assert time.monotonic() < deadline
-            assert run.poll() is None, run.stderr.read()
-            time.sleep(0.05)
-        run.send_signal(how)
-        _, err = run.communicate(timeout=60)
-    assert run.returncode == (ExitCode.INTERRUPTED if how is signal.SIGINT else -how)
-    assert "Traceback" not in err
+        stopped(run, Path("out.onnx.partial"), how)
     assert not Path("out.onnx").exists()
     monkeypatch.setenv("PAUSE", "0")
     for words in (("-o", "out.onnx", "--resume"), ("-o", "whole.onnx")):

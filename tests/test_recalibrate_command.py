@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from bnctl.data.batches import Batch, located
 from bnctl.data.holdout import hold_out
 from bnctl.errors import ExitCode
 from bnctl.fixture import fixture_path
-from conftest import MAIN
+from conftest import MAIN, stopped
 
 BN = f"bnctl.fixture:with_bn@{fixture_path('digits_bn.safetensors')}"
 TEST, SHIFTED = (str(fixture_path(f"{name}.npz")) for name in ("test", "shifted"))
@@ -322,15 +321,7 @@ def ended(run: subprocess.Popen[str]) -> None:
 def test_a_run_that_is_stopped_leaves_a_file_from_which_it_goes_on(how: signal.Signals) -> None:
     Path("mine.py").write_text(LOADER)
     run = started("-o", "out", "--method", "ema", PAUSE="0.2")
-    deadline = time.monotonic() + 100
-    while not Path("out.partial").exists():
-        assert time.monotonic() < deadline
-        assert run.poll() is None, run.stderr.read()
-        time.sleep(0.05)
-    run.send_signal(how)
-    _, err = run.communicate(timeout=60)
-    assert run.returncode == (ExitCode.INTERRUPTED if how is signal.SIGINT else -how)
-    assert "Traceback" not in err
+    stopped(run, Path("out.partial"), how)
     assert not Path("out").exists()
     ended(started("-o", "out", "--method", "ema", "--resume"))
     ended(started("-o", "whole", "--method", "ema"))

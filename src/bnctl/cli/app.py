@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import os
 import re
@@ -20,7 +19,7 @@ from bnctl.cli.output import (
     flushed,
     open_closed_streams,
     progress_bar,
-    unwritten,
+    unexpected,
     write_any_character,
     write_error,
     write_json,
@@ -374,8 +373,7 @@ def run(arguments: list[str]) -> int:
         hint = "take sys.exit out of the factory or the loader"
         return fail(ModelError(f"code of the model or of the data called sys.exit({error.code!r})", hint=hint))
     except Exception as error:
-        no_room = isinstance(error, OSError) and error.filename is None and error.errno in _NO_ROOM
-        return fail(unwritten(error) if no_room else _internal(error))  # type: ignore[arg-type]
+        return fail(unexpected(error))
 
 
 def _command_line() -> tuple[Any, dict[str, dict[str, bool]]]:
@@ -395,18 +393,3 @@ def _command_line() -> tuple[Any, dict[str, dict[str, bool]]]:
 def _asks_for_json(arguments: list[str]) -> bool:
     """Whether JSON was asked for, as far as the words tell before they are parsed: they may be wrong, and that error is to be JSON too."""
     return "--json" in arguments or "--format=json" in arguments or ("--format", "json") in pairwise(arguments)
-
-
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-
-def _internal(error: Exception) -> BnctlError:
-    import traceback
-
-    if os.environ.get("BNCTL_TRACEBACK"):
-        traceback.print_exception(error)
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return BnctlError(
-        f"internal error in {Path(last.filename).name}:{last.lineno}: {type(error).__name__}: {error}",
-        hint="this is a bug in bnctl: please report it with the output of the same command under BNCTL_TRACEBACK=1",
-    )

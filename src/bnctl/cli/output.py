@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import io
 import json
 import os
@@ -65,6 +66,24 @@ def unwritten(error: OSError, report: Report | None = None) -> UsageError:
         written = f"{report.output.path} was written" if report.output is not None else "nothing else was written"
         hint = f"{hint}; {written}, and the command itself ended with exit code {int(report.exit_code)}"
     return UsageError(f"the report cannot be written to stdout: {error.strerror or error}", hint=hint)
+
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def unexpected(error: Exception) -> BnctlError:
+    """What to say of an exception that nobody expected: stdout is full, or it is a bug."""
+    if isinstance(error, OSError) and error.filename is None and error.errno in _NO_ROOM:
+        return unwritten(error)
+    import traceback
+
+    if os.environ.get("BNCTL_TRACEBACK"):
+        traceback.print_exception(error)
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return BnctlError(
+        f"internal error in {Path(last.filename).name}:{last.lineno}: {type(error).__name__}: {error}",
+        hint="this is a bug in bnctl: please report it with the output of the same command under BNCTL_TRACEBACK=1",
+    )
 
 
 def _lose_stdout() -> None:

@@ -191,7 +191,7 @@ def _advance(
     for feed in bench.feeds() if at_data else map(border.feeds.__getitem__, tuple(border.feeds)):
         reached = feed
         for between, part in enumerate(parts, border.level):
-            reached = part.run(reached.only(network.boundary(between)) if part is not parts[0] else feed, statistics)
+            reached = part.run(reached.only(network.boundary(between)), statistics)
         for site in network.sites_at(level):
             enter(accounts, site, bench.seen_by(site, reached))
         if not fits:
