@@ -58,16 +58,20 @@ class Op:
 
 @dataclass(frozen=True)
 class LinearOp(Op):
-    """A linear operator over channels with constant weights: ``y = weight_factor * W x + bias_factor * b``."""
+    """A linear operator over channels with constant weights: ``y = weight_factor * W x + bias_factor * b``.
+
+    Channels are the axis before the last ``spatial`` ones, of its input as of its output.
+    """
 
     layout: WeightLayout
     weight_factor: float = 1.0
     bias_factor: float = 1.0
+    spatial: int = 0
 
 
 @dataclass(frozen=True)
 class Conv(LinearOp):
-    """Convolution, transposed or not, over ``spatial`` axes; channels are the axis before them.
+    """Convolution, transposed or not, over ``spatial`` axes.
 
     ``padded`` says whether zeros are put around the input (also by ``auto_pad`` or a string); ``window`` is None where that depends on the size of the
     input, and for transposed ones.
@@ -86,7 +90,7 @@ class Conv(LinearOp):
 
 @dataclass(frozen=True)
 class Linear(LinearOp):
-    """Linear layer, Gemm or MatMul by a constant; channels are the last axis."""
+    """Linear layer, Gemm, MatMul by a constant on its right; on its left, ``W x`` with channels on the last axis but one."""
 
 
 @dataclass(frozen=True)

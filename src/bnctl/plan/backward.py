@@ -37,7 +37,7 @@ def _(op: ops.LinearOp, node: Node, graph: Graph, output: int, m: AffineMap) -> 
     assert node.weight is not None and node.weight.shape is not None
     if node.weight.obstacle:
         return node.weight.obstacle
-    axis = m.rank - op.spatial - 1 if isinstance(op, ops.Conv) else m.rank - 1
+    axis = m.rank - op.spatial - 1
     _, channels = op.layout.channels(node.weight.shape)
     vectors = m.vectors(axis, channels)
     if vectors is None:

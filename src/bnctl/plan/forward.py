@@ -46,7 +46,7 @@ def _(op: ops.LinearOp, node: Node, graph: Graph, index: int, m: AffineMap) -> M
     assert node.weight is not None and node.weight.shape is not None
     if node.weight.obstacle:
         return node.weight.obstacle
-    axis = m.rank - op.spatial - 1 if isinstance(op, ops.Conv) else m.rank - 1
+    axis = m.rank - op.spatial - 1
     channels, _ = op.layout.channels(node.weight.shape)
     vectors = m.vectors(axis, channels)
     if vectors is None:

@@ -80,7 +80,7 @@ def _judge(
     assert isinstance(op, ops.LinearOp) and nodes[0].weight is not None and nodes[0].weight.shape is not None
     _, features = op.layout.channels(nodes[0].weight.shape)
     rank = graph.rank(nodes[0].outputs[0])
-    spatial = op.spatial if isinstance(op, ops.Conv) else 0 if rank == 2 else None
+    spatial = op.spatial or (0 if rank == 2 else None)
     site = InsertSite(name, tuple(nodes), features, spatial)
     reached = set().union(*(_reached(graph, node.outputs[0]) for node in nodes))
     obstacle = next((node.obstacle for node in nodes if node.obstacle), None)
@@ -94,11 +94,7 @@ def _judge(
         obstacle = Obstacle("BN202", "no linear layer comes after it")
     elif "activation" not in reached and selection != "named":
         obstacle = Obstacle("BN203", "its output does not go into an activation")
-    elif (
-        rank is None
-        or (isinstance(op, ops.Conv) and rank != op.spatial + 2)
-        or (spatial is None and (not last_axis or rank < 3))
-    ):
+    elif rank is None or (op.spatial and rank != op.spatial + 2) or (spatial is None and (not last_axis or rank < 3)):
         obstacle = Obstacle("BN205", f"its output has {'an unknown number of' if rank is None else rank} axes")
     return InsertSite(name, site.nodes, features, spatial, obstacle)
 

@@ -153,7 +153,7 @@ def merged_parameters(merge: Merge, read: Callable[[Node], tuple[Array, Array | 
                 shift = shift + sign * own_bias * (other.bias_factor / op.bias_factor)
             total = total + sign * placed(own, _offset(merge, other), merge.kernel)
             continue
-        s, t = _vectors(other, groups * out, len(merge.kernel))
+        s, t = _vectors(other, groups * out, op.spatial)
         own = diagonal(s / op.weight_factor, groups, len(merge.kernel))
         total = total + sign * placed(own, _offset(merge, None), merge.kernel)
         shift = shift + sign * t / op.bias_factor
@@ -254,7 +254,7 @@ def _with(merge: Merge, term: Term, graph: Graph) -> Merge | None:
     if isinstance(other, LinearOp):
         assert term.node is not None and term.node.weight is not None and term.node.weight.shape is not None
         parameters = (s for s in (term.node.weight, term.node.bias) if s is not None)
-        if type(other) is not type(op) or any(s.obstacle for s in parameters):
+        if (type(other), other.spatial) != (type(op), op.spatial) or any(s.obstacle for s in parameters):
             return None
         if other.layout.groups != op.layout.groups or other.layout.channels(term.node.weight.shape) != (inner, outer):
             return None
@@ -263,7 +263,7 @@ def _with(merge: Merge, term: Term, graph: Graph) -> Merge | None:
         if isinstance(other, Conv) and (other.transposed or window is None):
             return None
     else:
-        if inner != outer or _vectors(other, outer, len(merge.kernel)) is None:
+        if inner != outer or _vectors(other, outer, op.spatial) is None:
             return None
         kernel = (1,) * len(merge.kernel)
         window = Window.single(len(kernel)) if isinstance(op, Conv) else None

@@ -53,6 +53,8 @@ def _carry_out(edit: Edit, lifted: Lifted, editor: Editor, shared: Mapping[str, 
     bias, bias_place = (None, None) if node.bias is None else _stored(lifted, node.bias)
     assert weight is not None
     old_bias = None if bias is None else np.asarray(bias, np.float64)
+    if old_bias is not None and bias_place is not None and bias_place.behind:
+        old_bias = old_bias.reshape(-1)
     new, new_bias = new_parameters(edit, weight, old_bias)
     for native in lifted.natives[node.id][:-1]:  # a product to which the bias is still to be added
         product = editor.twin(native).outputs[0]

@@ -53,10 +53,14 @@ class Editor:
     def write(self, layer: str, place: Place, array: NDArray[np.float64], dtype: ir.DataType) -> None:
         """Let a node read this array instead: an initializer of its own, which takes over the old one's name if nobody else reads that.
 
+        A bias is given per channel.
+
         Raises:
             OverflowInFoldError: the array does not fit the type.
         """
         node = self.twin(place.node)
+        if place.behind:
+            array = array.reshape(-1, *[1] * place.behind)
         if place.index is None:
             output = node.outputs[0]
             self.append(node, "Add", (self.initializer(layer, f"{output.name}_bias", array, dtype),))

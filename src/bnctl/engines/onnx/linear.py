@@ -1,4 +1,4 @@
-"""Translation of linear operators: Conv, ConvTranspose, Gemm, MatMul, Gather."""
+"""Translation of linear operators: Conv, ConvTranspose, Gemm, MatMul, Einsum, Gather."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import onnx_ir as ir
 from bnctl.engines.onnx.movement import gather
 from bnctl.engines.onnx.translated import Place, Rule, Scope, Translated, axis_attribute, flag, input_of
 from bnctl.graph import ops
+from bnctl.graph.einsum import contraction
 from bnctl.graph.ops import WeightLayout
 from bnctl.graph.window import Window
 
@@ -54,24 +55,48 @@ def _gemm(node: ir.Node, scope: Scope) -> Translated | None:
 
 
 def _matmul(node: ir.Node, scope: Scope) -> Translated | None:
-    """A product with a stored matrix on the right; an Add of a vector that is its only reader is the bias."""
-    shape, obstacle = (
-        _weight_shape(node, 1, scope),
-        scope.constants.obstacle(node.inputs[1]) if node.inputs[1] is not None else None,
-    )
-    if obstacle is not None and obstacle.code == "BN108":  # a product of two values is no layer
-        values = all(v is not None and v not in scope.constants for v in node.inputs)
-        return Translated(ops.MatMul()) if values else None
-    if shape is None or len(shape) != 2:
+    """A product with a stored matrix, on its right or on its left."""
+    stored = [_is_stored(v, scope) for v in node.inputs]
+    if not any(stored):
+        return Translated(ops.MatMul()) if len(stored) == 2 else None
+    if stored[1]:
+        return _product(node, 1, ops.Linear(WeightLayout(out_first=False)), scope)
+    rank = scope.rank(node.inputs[1])
+    return None if rank is None else _product(node, 0, ops.Linear(WeightLayout(), spatial=min(rank - 1, 1)), scope)
+
+
+def _einsum(node: ir.Node, scope: Scope) -> Translated | None:
+    """A value times a stored matrix (``bnc,cd->bnd``), the channels of which stay where they are."""
+    stored = [i for i, v in enumerate(node.inputs) if _is_stored(v, scope)]
+    if len(node.inputs) != 2 or len(stored) != 1:
         return None
-    op = ops.Linear(WeightLayout(out_first=False))
-    bias = _bias_behind(node, shape[1], scope)
-    if bias is None:
-        return Translated(op, Place(node, 1), Place(node, None))
-    return Translated(op, Place(node, 1), bias, outputs=tuple(bias.node.outputs), last=bias.node)
+    op = contraction(node.attributes.get_string("equation", ""), stored[0])
+    return None if op is None else _product(node, stored[0], op, scope)
 
 
-def _bias_behind(node: ir.Node, features: int, scope: Scope) -> Place | None:
+def _is_stored(value: ir.Value | None, scope: Scope) -> bool:
+    """Whether a value is a parameter, be it one that nobody may change."""
+    obstacle = scope.constants.obstacle(value) if value is not None else None
+    return obstacle is None or obstacle.code != "BN108"
+
+
+def _product(node: ir.Node, index: int, op: ops.Linear, scope: Scope) -> Translated | None:
+    """A product with a stored matrix, at a place; an Add of a vector that is its only reader is the bias."""
+    shape, data = _weight_shape(node, index, scope), node.inputs[1 - index]
+    if shape is None or len(shape) != 2 or data is None or data in scope.constants:
+        return None
+    bias = _bias_behind(node, op.layout.channels(shape)[1], op.spatial, scope)
+    last = None if bias is None else bias.node
+    given = (data, node.inputs[index], None if bias is None else bias.value)
+    reads = tuple(v for v in given if v is not None and v not in scope.constants)
+    place = Place(node, None, op.spatial) if bias is None else bias
+    return Translated(
+        op, Place(node, index), place, outputs=tuple(last.outputs) if last is not None else (), last=last, reads=reads
+    )
+
+
+def _bias_behind(node: ir.Node, features: int, behind: int, scope: Scope) -> Place | None:
+    """Where the bias of a product is added, with so many axes behind its channels."""
     product = node.outputs[0]
     uses = tuple(product.uses())
     rank = scope.rank(product)
@@ -88,13 +113,12 @@ def _bias_behind(node: ir.Node, features: int, scope: Scope) -> Place | None:
     ):
         return None
     shape = scope.constants.tensor_shape(other)
-    is_vector = (
-        shape is not None
-        and len(shape) <= rank
-        and all(n == 1 for n in shape[:-1])
-        and (not shape or shape[-1] in {1, features})
-    )
-    return Place(add, 1 - uses[0].idx) if is_vector else None
+    if shape is None or len(shape) > rank:
+        return None
+    sizes = [n for axis, n in enumerate(reversed(shape)) if axis != behind]
+    channels = shape[-1 - behind] if len(shape) > behind else 1
+    is_vector = all(n == 1 for n in sizes) and channels in {1, features}
+    return Place(add, 1 - uses[0].idx, behind) if is_vector else None
 
 
 def _gather(node: ir.Node, scope: Scope) -> Translated | None:
@@ -115,4 +139,11 @@ def _weight_shape(node: ir.Node, index: int, scope: Scope) -> tuple[int, ...] | 
     return None if value is None else scope.constants.tensor_shape(value)
 
 
-RULES: dict[str, Rule] = {"Conv": _conv, "ConvTranspose": _conv, "Gemm": _gemm, "MatMul": _matmul, "Gather": _gather}
+RULES: dict[str, Rule] = {
+    "Conv": _conv,
+    "ConvTranspose": _conv,
+    "Gemm": _gemm,
+    "MatMul": _matmul,
+    "Einsum": _einsum,
+    "Gather": _gather,
+}

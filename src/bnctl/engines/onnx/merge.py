@@ -37,8 +37,11 @@ def apply_merges(lifted: Lifted, merges: tuple[Merge, ...]) -> ir.Model:
 
 def _write(merge: Merge, lifted: Lifted, editor: Editor) -> None:
     def stored(slot: Slot | None) -> Array | None:
-        array = None if slot is None else lifted.constants.array(lifted.places[slot.key].value)
-        return None if array is None else np.asarray(array, np.float64)
+        place = None if slot is None else lifted.places[slot.key]
+        array = None if place is None else lifted.constants.array(place.value)
+        if array is None or place is None:
+            return None
+        return np.asarray(array, np.float64).reshape(-1 if place.behind else array.shape)
 
     def read(node: Node) -> tuple[Array, Array | None]:
         weight = stored(node.weight)

@@ -20,10 +20,14 @@ _SMALL = 2**20
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """An input of a node where a parameter is read. ``index`` is None where the node has no such input, and an Add behind it would hold the parameter."""
+    """An input of a node where a parameter is read. ``index`` is None where the node has no such input, and an Add behind it would hold the parameter.
+
+    A bias that is added has ``behind`` axes of size one behind that of its channels.
+    """
 
     node: ir.Node
     index: int | None
+    behind: int = 0
 
     @property
     def value(self) -> ir.Value | None:

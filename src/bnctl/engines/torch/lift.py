@@ -26,7 +26,7 @@ from bnctl.engines.torch.readings import Readings, Room
 from bnctl.engines.torch.record import ALIASED_WRITE, ModuleCall, OpCall, Ref, Trace
 from bnctl.engines.torch.removal import Head, Removal, Splice, analyse
 from bnctl.engines.torch.strides import needs_memory
-from bnctl.engines.torch.translate import PARAMETER_ARGUMENTS, Operands, Translated, translate
+from bnctl.engines.torch.translate import Operands, Translated, translate
 from bnctl.engines.torch.translate.table import argument
 from bnctl.graph import ops
 from bnctl.graph.graph import Graph, Node, Slot, Value
@@ -42,7 +42,7 @@ class Lifted:
         graph: the normalised graph.
         removals: how to take out each affine layer, by layer name.
         programs: the code of modules as steps, by path, where a layer can only be taken out of that.
-        rooms: empty arguments of operators in such code, by the name of the parameter that would fill them.
+        rooms: places for a bias in such code, by the name of the parameter that would fill them.
         bakes: plain layers for those that compute their weight, by path.
         shown: the modules whose output each value is.
         drop: how to leave an input out of a sum of two, by position; None where the code around it cannot be told.
@@ -87,7 +87,6 @@ class _Lifter(Operands):
         self.arrays: dict[int, Array] = {}
         self.analyses: dict[ModuleCall, tuple[Head, Removal] | None] = {}
         self.removals: dict[str, Removal | Splice] = {}
-        self.foreign_reads = self._reads_outside_slots()
 
     # What the translation table asks for.
 
@@ -132,12 +131,9 @@ class _Lifter(Operands):
         key = next(
             (n for n in names if n.rpartition(".")[0] == (call.within.path or "") and n.startswith(prefix)), names[0]
         )
-        obstacle = None
-        if item.value in self.foreign_reads:
-            obstacle = Obstacle("BN106", f"{key} is also read by {self.foreign_reads[item.value]}")
-        return Slot(key, shape, names[0], obstacle, places=len(names))
+        return Slot(key, shape, names[0], places=len(names))
 
-    def bias(self, item: Any, weight: Slot | None, call: OpCall) -> Slot | None:
+    def bias(self, item: Any, weight: Slot | None, call: OpCall, behind: int = 0) -> Slot | None:
         """The slot of a bias; an empty one where the layer is a plain module without bias; None where there is no room for one."""
         if weight is not None and weight.tensor.startswith("computed:"):
             # The plain layer in its place has a bias, or room for one.
@@ -154,7 +150,7 @@ class _Lifter(Operands):
             return None
         if plain and weight.key == join(path, "weight"):
             return Slot(join(path, "bias"), None)
-        return self.readings.room(call)
+        return self.readings.room(call, behind)
 
     # The way through the trace.
 
@@ -173,7 +169,7 @@ class _Lifter(Operands):
                     nodes.pop()
             nodes.append(node)
         ends = (tuple(self.trace.inputs), tuple(self.trace.outputs))
-        graph = Graph(tuple(nodes), self._values(nodes), *ends, type(self.trace.root).__name__)
+        graph = Graph(self._with_other_reads(nodes), self._values(nodes), *ends, type(self.trace.root).__name__)
         found = self.readings
         shown = _shown(self.trace)
         return Lifted(graph, self.removals, found.programs, found.rooms, self.bakes.found, shown, found.drop)
@@ -266,19 +262,22 @@ class _Lifter(Operands):
         ]
         return names[0].rpartition(".")[0] if names else None
 
-    def _reads_outside_slots(self) -> dict[int, str]:
-        """Parameters that some operator reads in a way that no slot covers: they must keep their values."""
-        found: dict[int, str] = {}
-        for call in self.trace.ops:
-            own = {
-                call.args[i]
-                for i in PARAMETER_ARGUMENTS.get(call.op, ())
-                if i < len(call.args) and isinstance(call.args[i], Ref)
-            }
+    def _with_other_reads(self, nodes: list[Node]) -> tuple[Node, ...]:
+        """The nodes, with an obstacle in the slots of parameters that some operator reads otherwise than through a slot: they must keep their values."""
+        through = {node.id: {slot.tensor for slot in (node.weight, node.bias) if slot is not None} for node in nodes}
+        elsewhere: dict[str, str] = {}
+        for place, call in enumerate(self.trace.ops):
             for value in call.inputs:
-                if value in self.trace.parameters and Ref(value) not in own:
-                    found[value] = f"{call.op} in {layer_of(call)}"
-        return found
+                names = self.trace.parameters.get(value)
+                if names is not None and names[0] not in through.get(place, ()):
+                    elsewhere[names[0]] = f"{call.op} in {layer_of(call)}"
+
+        def seen(slot: Slot | None) -> Slot | None:
+            if slot is None or slot.obstacle is not None or slot.tensor not in elsewhere:
+                return slot
+            return replace(slot, obstacle=Obstacle("BN106", f"{slot.key} is also read by {elsewhere[slot.tensor]}"))
+
+        return tuple(replace(node, weight=seen(node.weight), bias=seen(node.bias)) for node in nodes)
 
     def _values(self, nodes: list[Node]) -> dict[int, Value]:
         seen = observed(self.trace)

@@ -20,14 +20,17 @@ from bnctl.engines.torch.nested import tensors_in
 from bnctl.engines.torch.record import Ref
 
 REPLAYED = frozenset(
-    "add sub mul div maximum minimum conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution linear matmul mm addmm embedding "
-    "batch_norm layer_norm group_norm instance_norm relu relu6 hardtanh silu gelu sigmoid tanh hardswish hardsigmoid leaky_relu elu selu celu mish "
+    "add sub mul div maximum minimum conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution linear matmul mm einsum addmm "
+    "embedding batch_norm layer_norm group_norm instance_norm relu relu6 hardtanh silu gelu sigmoid tanh hardswish hardsigmoid leaky_relu elu selu celu mish "
     "softplus prelu softmax log_softmax cat concat stack flatten permute transpose t contiguous clone detach chunk mean amax dropout neg "
     "view reshape slice select narrow split split_with_sizes pad expand "
     "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d "
     "unsqueeze squeeze".split()
 )
 """Operators that are replayed, with their numbers: the caller has seen to it that no size of the input changes those."""
+
+WITHOUT_BIAS = frozenset({"matmul", "mm", "einsum"})
+"""Linear operators that take no bias."""
 
 ON_PARAMETERS = frozenset("reshape view expand sqrt rsqrt reciprocal pow exp square sum to _to_copy".split())
 """Operators that are also taken, with all their numbers, where they act on parameters alone."""
@@ -86,11 +89,30 @@ class Program:
         kept = changed._needed(idle) | idle
         return replace(changed, steps=tuple(s for i, s in enumerate(steps) if i in kept))
 
-    def filled(self, step: int, position: int, path: str) -> Program:
-        """The program in which a step's argument is a stored parameter."""
-        old = self.steps[step]
-        args = (*old.args[:position], *[None] * (position - len(old.args)), Stored(path), *old.args[position + 1 :])
-        return replace(self, steps=(*self.steps[:step], replace(old, args=args), *self.steps[step + 1 :]))
+    def biased(self, biases: Mapping[int, tuple[str, int | None]]) -> Program:
+        """The program in which some steps have a bias.
+
+        Args:
+            biases: by the number of the step: the path of a stored parameter, and None where it is the step's third argument; else it is added to what the
+                step makes, with so many axes behind its own.
+        """
+        steps: list[Step] = []
+        new = 1 + max((self.inputs - 1, *(number for step in self.steps for number in step.outputs)), default=0)
+        for number, step in enumerate(self.steps):
+            path, behind = biases.get(number, (None, None))
+            if path is None:
+                steps.append(step)
+            elif behind is None:
+                args = (*step.args[:2], *[None] * (2 - len(step.args)), Stored(path), *step.args[3:])
+                steps.append(replace(step, args=args))
+            else:  # what the sum makes has the number by which all others know the product
+                steps += [
+                    replace(step, outputs=(new,)),
+                    Step("aten.view.default", False, (Stored(path), [-1, *[1] * behind]), (), (new + 1,)),
+                    Step("aten.add.Tensor", False, (Ref(new), Ref(new + 1)), (), step.outputs),
+                ]
+                new += 2
+        return replace(self, steps=tuple(steps))
 
     def _needed(self, roots: set[int]) -> set[int]:
         """Numbers of the steps that the result and the steps in ``roots`` rest on."""

@@ -16,7 +16,16 @@ from torch import fx, nn
 from bnctl.engines.torch.calls import Calls, join
 from bnctl.engines.torch.hooks import watched_at_entry
 from bnctl.engines.torch.numbers import Passes
-from bnctl.engines.torch.program import ON_PARAMETERS, REPLAYED, Program, Step, Stored, base_name, values_in
+from bnctl.engines.torch.program import (
+    ON_PARAMETERS,
+    REPLAYED,
+    WITHOUT_BIAS,
+    Program,
+    Step,
+    Stored,
+    base_name,
+    values_in,
+)
 from bnctl.engines.torch.record import ALIASED_WRITE, ModuleCall, OpCall, Ref
 from bnctl.engines.torch.removal import Splice
 from bnctl.graph.graph import Node, Slot
@@ -24,11 +33,13 @@ from bnctl.graph.graph import Node, Slot
 
 @dataclass(frozen=True)
 class Room:
-    """An empty argument of a step of a module's program."""
+    """A step of a module's program that can be given a bias: as its third argument, or, where `behind` is a number, by a sum after it, with so many axes
+    behind the channels.
+    """
 
     path: str
     step: int
-    position: int
+    behind: int | None
 
 
 class Readings:
@@ -40,7 +51,7 @@ class Readings:
 
     Attributes:
         programs: the code of modules as steps, by path.
-        rooms: empty arguments of operators in such code, by the name of the parameter that would fill them.
+        rooms: places for a bias in such code, by the name of the parameter that would fill them.
     """
 
     def __init__(self, calls: Calls, passes: Passes) -> None:
@@ -74,8 +85,8 @@ class Readings:
         self.programs[path] = reading.program
         return Splice(path, ((reading.numbers[result], reading.numbers[source]),))
 
-    def room(self, call: OpCall) -> Slot | None:
-        """An empty slot for the bias of a linear operator; None where the code around it cannot be told."""
+    def room(self, call: OpCall, behind: int) -> Slot | None:
+        """An empty slot for the bias of a linear operator with so many axes behind its channels; None where the code around it cannot be told."""
         reading, path = self._holding(call), call.within.path
         if reading is None or path is None:
             return None
@@ -84,7 +95,7 @@ class Readings:
         if hasattr(call.within.module, name):
             return None
         self.programs[path] = reading.program
-        self.rooms[join(path, name)] = Room(path, step, 2)
+        self.rooms[join(path, name)] = Room(path, step, behind if base_name(call.op) in WITHOUT_BIAS else None)
         return Slot(join(path, name), None)
 
     def _holding(self, call: OpCall) -> Reading | None:

@@ -10,7 +10,6 @@ from torch import nn
 from bnctl.engines.torch.edits import Edit as Structural
 from bnctl.engines.torch.edits import apply_edits, removal_edit
 from bnctl.engines.torch.lift import Lifted, stored, to_numpy
-from bnctl.engines.torch.program import Program
 from bnctl.engines.torch.removal import Removal, Splice
 from bnctl.graph.affine import Array
 from bnctl.graph.graph import Node, Slot
@@ -84,13 +83,13 @@ def replay_edits(lifted: Lifted, filled: Iterable[str], splices: Iterable[Splice
 
     Args:
         lifted: the model.
-        filled: names of parameters that fill an empty argument in such code.
+        filled: names of parameters that fill a place for a bias in such code.
         splices: what is taken out of it.
     """
-    programs: dict[str, Program] = {}
+    biases: dict[str, dict[int, tuple[str, int | None]]] = {}
     for room, key in ((lifted.rooms[key], key) for key in filled if key in lifted.rooms):
-        program = programs.get(room.path, lifted.programs[room.path])
-        programs[room.path] = program.filled(room.step, room.position, key.rpartition(".")[2])
+        biases.setdefault(room.path, {})[room.step] = (key.rpartition(".")[2], room.behind)
+    programs = {path: lifted.programs[path].biased(found) for path, found in biases.items()}
     aliases: dict[str, dict[int, int]] = {}
     for splice in splices:
         aliases.setdefault(splice.path, {}).update(splice.aliases)

@@ -15,6 +15,7 @@ from bnctl.engines.torch.translate.table import (
     entry_for,
 )
 from bnctl.graph import ops
+from bnctl.graph.einsum import contraction
 from bnctl.graph.window import Window
 
 
@@ -24,7 +25,7 @@ def _linear(
     slot = operands.weight(weight, call)
     if slot is None or slot.shape is None or (bias is not None and operands.constant(bias) is None):
         return None
-    bias_slot = operands.bias(bias, slot, call) if room or bias is not None else None
+    bias_slot = operands.bias(bias, slot, call, op.spatial) if room or bias is not None else None
     _, channels = op.layout.channels(slot.shape)
     if bias is not None and bias_slot is not None and bias_slot.size != channels:
         bias_slot = replace(
@@ -73,36 +74,51 @@ def _sizes(given: Any, spatial: int) -> tuple[int, ...]:
     "conv1d.padding",
     "conv2d.padding",
     "conv3d.padding",
-    parameters=(1, 2),
 )
 def _(call: OpCall, operands: Operands) -> Translated | None:
     return _conv(call, operands, padding=4, groups=argument(call, 6, 1), transposed=False)
 
 
-@entry_for("conv_transpose1d.default", "conv_transpose2d.input", "conv_transpose3d.input", parameters=(1, 2))
+@entry_for("conv_transpose1d.default", "conv_transpose2d.input", "conv_transpose3d.input")
 def _(call: OpCall, operands: Operands) -> Translated | None:
     return _conv(call, operands, padding=4, groups=argument(call, 6, 1), transposed=True)
 
 
-@entry_for("convolution.default", parameters=(1, 2))
+@entry_for("convolution.default")
 def _(call: OpCall, operands: Operands) -> Translated | None:
     return _conv(call, operands, padding=4, groups=argument(call, 8, 1), transposed=argument(call, 6))
 
 
-@entry_for("linear.default", parameters=(1, 2))
+@entry_for("linear.default")
 def _(call: OpCall, operands: Operands) -> Translated | None:
     if len(operands.shape(argument(call, 1))) != 2:
         return None
     return _linear(ops.Linear(ops.WeightLayout()), argument(call, 1), argument(call, 2), call, operands)
 
 
-@entry_for("matmul.default", "mm.default", parameters=(1,))
+@entry_for("matmul.default", "mm.default")
 def _(call: OpCall, operands: Operands) -> Translated | None:
-    if operands.is_data(argument(call, 0)) and operands.is_data(argument(call, 1)):
+    """``x W`` or ``W x`` of a stored matrix, or a product of two values."""
+    left, right = argument(call, 0), argument(call, 1)
+    if operands.is_data(left) and operands.is_data(right):
         return Translated(ops.MatMul())
-    if len(operands.shape(argument(call, 1))) != 2:
-        return None
-    return _linear(ops.Linear(ops.WeightLayout(out_first=False)), argument(call, 1), None, call, operands, room=False)
+    if operands.is_data(left):
+        return _product(ops.Linear(ops.WeightLayout(out_first=False)), right, call, operands)
+    last = len(operands.shape(right)) < 2
+    return _product(ops.Linear(ops.WeightLayout(), spatial=0 if last else 1), left, call, operands)
+
+
+@entry_for("einsum.default")
+def _(call: OpCall, operands: Operands) -> Translated | None:
+    """A value times a stored matrix (``bnc,cd->bnd``), the channels of which stay where they are."""
+    factors = argument(call, 1)
+    stored = [i for i, factor in enumerate(factors) if not operands.is_data(factor)]
+    op = contraction(argument(call, 0), stored[0]) if len(factors) == 2 and len(stored) == 1 else None
+    return None if op is None else _product(op, factors[stored[0]], call, operands)
+
+
+def _product(op: ops.Linear, weight: Any, call: OpCall, operands: Operands) -> Translated | None:
+    return _linear(op, weight, None, call, operands) if len(operands.shape(weight)) == 2 else None
 
 
 @entry_for("bmm.default")
@@ -119,7 +135,7 @@ def _(call: OpCall, operands: Operands) -> Translated | None:
     return Translated(ops.Attention()) if data and plain else None
 
 
-@entry_for("addmm.default", parameters=(0, 2))
+@entry_for("addmm.default")
 def _(call: OpCall, operands: Operands) -> Translated | None:
     beta, alpha = call.kwargs.get("beta", 1), call.kwargs.get("alpha", 1)
     if beta == 0 or (isinstance(argument(call, 1), Ref) and operands.constant(argument(call, 1)) is not None):
@@ -128,7 +144,7 @@ def _(call: OpCall, operands: Operands) -> Translated | None:
     return _linear(op, argument(call, 2), argument(call, 0), call, operands)
 
 
-@entry_for("embedding.default", parameters=(0,))
+@entry_for("embedding.default")
 def _(call: OpCall, operands: Operands) -> Translated | None:
     return _linear(
         ops.Embedding(ops.WeightLayout(out_first=False)), argument(call, 0), None, call, operands, room=False

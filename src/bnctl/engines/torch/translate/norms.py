@@ -38,13 +38,12 @@ def _batch_norm(call: OpCall, operands: Operands, *, batch_statistics: bool, eps
     "native_batch_norm.default",
     "instance_norm.default",
     "cudnn_batch_norm.default",
-    parameters=(1, 2, 3, 4),
 )
 def _(call: OpCall, operands: Operands) -> Translated | None:
     return _batch_norm(call, operands, batch_statistics=bool(argument(call, 5)), eps=argument(call, 7))
 
 
-@entry_for("_native_batch_norm_legit_no_training.default", parameters=(1, 2, 3, 4))
+@entry_for("_native_batch_norm_legit_no_training.default")
 def _(call: OpCall, operands: Operands) -> Translated | None:
     return _batch_norm(call, operands, batch_statistics=False, eps=argument(call, 6))
 

@@ -34,8 +34,8 @@ class Operands(Protocol):
     def weight(self, item: Any, call: OpCall) -> Slot | None:
         """The slot of a weight; None where it depends on the model's input."""
 
-    def bias(self, item: Any, weight: Slot | None, call: OpCall) -> Slot | None:
-        """The slot of a bias, empty where one can be added; None where there is no room for one."""
+    def bias(self, item: Any, weight: Slot | None, call: OpCall, behind: int = 0) -> Slot | None:
+        """The slot of a bias, empty where one can be added; None where there is no room for one. ``behind`` axes come after the channels."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,6 @@ Entry = Callable[[OpCall, Operands], Translated | None]
 TABLE: dict[str, Entry] = {}
 """Entries by operator, without the underscore of in-place forms; the files of this package fill it."""
 
-PARAMETER_ARGUMENTS: dict[str, tuple[int, ...]] = {}
-"""Positions at which an operator reads parameters of its own: these are the slots."""
-
 
 def translate(call: OpCall, operands: Operands) -> Translated | None:
     """Look the operator up; None where it is opaque."""
@@ -74,14 +71,11 @@ def _base(op: str) -> str:
     return f"{namespace}.{name}.{overload}"
 
 
-def entry_for(*names: str, parameters: tuple[int, ...] = ()) -> Callable[[Entry], Entry]:
-    """Put an entry into the table, under the names of its operators; ``parameters`` are the positions of its slots."""
+def entry_for(*names: str) -> Callable[[Entry], Entry]:
+    """Put an entry into the table, under the names of its operators."""
 
     def register(entry: Entry) -> Entry:
-        for name in names:
-            TABLE[f"aten.{name}"] = entry
-            if parameters:
-                PARAMETER_ARGUMENTS[f"aten.{name}"] = parameters
+        TABLE.update({f"aten.{name}": entry for name in names})
         return entry
 
     return register
