@@ -234,3 +234,33 @@ def test_a_sum_over_unknown_sizes_takes_no_shift() -> None:
     net = Net(FREE, 4, "H", "W")
     _, found = fold(net.model(net.bn(net.add("ReduceSum", net.conv("x", 4, 4, 1), ints(2, 3), keepdims=1), 4)))
     assert list(found.values()) == ["BN116"]
+
+
+@pytest.mark.parametrize(
+    ("op", "opset", "attributes", "code"),
+    [
+        ("InstanceNormalization", 17, {}, None),
+        ("GroupNormalization", 21, {"num_groups": 2}, None),
+        ("LayerNormalization", 17, {}, None),
+        ("LayerNormalization", 17, {"axis": 1}, "BN103"),
+    ],
+)
+def test_a_norm_that_stays_takes_a_batch_norm_in(
+    op: str, opset: int, attributes: dict[str, Any], code: str | None
+) -> None:
+    net = Net(FREE, 4, 4, 4, opset=opset)
+    v = net.add("Exp", "x")
+    size = (4, 4, 4) if "axis" in attributes else (4,)
+    v = net.add("Transpose", v, perm=[0, 2, 3, 1]) if op == "LayerNormalization" else v
+    v = net.add(op, v, net.normal(*size), net.normal(*size), **attributes)
+    v = net.add("Transpose", v, perm=[0, 3, 1, 2]) if op == "LayerNormalization" else v
+    model = net.model(net.add("Relu", net.bn(v, 4, out="norm")))
+    _, found = fold_and_check(model, check=op != "GroupNormalization")  # of which onnx infers no shape
+    assert found == {"n_norm": code}
+
+
+def test_a_group_norm_with_a_scale_per_group_takes_nothing_in() -> None:
+    net = Net(FREE, 4, 4, 4, opset=18)
+    v = net.add("GroupNormalization", net.add("Exp", "x"), net.normal(2), net.normal(2), num_groups=2)
+    _, found = fold(net.model(net.bn(v, 4, out="norm")))
+    assert found == {"n_norm": "BN103"}

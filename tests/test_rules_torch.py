@@ -449,3 +449,43 @@ def test_an_embedding_takes_scale_and_shift_into_its_rows(padding: int | None) -
     assert error(outputs(net, tokens), outputs(result.model, tokens)) < 1e-5
     other = Net(lambda s, t: (s.bn(s.table(t).transpose(1, 2)), s.table.weight.sum()), table=table, bn=net.bn)
     assert [s.code for s in bnctl.fold(other.eval(), tokens).report.sites] == ["BN106"]
+
+
+class InstanceOrBatch(nn.Module):
+    """A norm that takes its statistics from the input, and a BatchNorm behind it."""
+
+    def __init__(self, norm: nn.Module, *, last: bool = False) -> None:
+        super().__init__()
+        self.norm, self.last, self.bn = norm, last, nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.exp()
+        x = self.norm(x.movedim(1, -1)).movedim(-1, 1) if self.last else self.norm(x)
+        return self.bn(x).relu()
+
+
+@pytest.mark.parametrize(
+    ("norm", "last"),
+    [
+        (lambda: nn.GroupNorm(2, 4), False),
+        (lambda: nn.InstanceNorm2d(4, affine=True), False),
+        (lambda: nn.LayerNorm(4), True),
+    ],
+)
+def test_a_norm_that_stays_takes_a_batch_norm_in(norm: Callable[[], nn.Module], last: bool) -> None:
+    model = InstanceOrBatch(norm(), last=last)
+    assert fold_of(model, (4, 5, 6))["bn"] is None
+
+
+@pytest.mark.parametrize(
+    ("norm", "last"),
+    [
+        (lambda: nn.GroupNorm(2, 4, affine=False), False),
+        (lambda: nn.LayerNorm(4, bias=False), True),
+        (lambda: nn.LayerNorm((5, 6, 4)), True),
+        (lambda: nn.LayerNorm((5, 6)), False),
+    ],
+)
+def test_a_norm_without_a_place_for_scale_and_shift_takes_nothing_in(norm: Callable[[], nn.Module], last: bool) -> None:
+    model = InstanceOrBatch(norm(), last=last)
+    assert fold_of(model, (4, 5, 6))["bn"] == "BN103"

@@ -130,6 +130,9 @@ class Fixed:
         self.outputs = outputs
         self.kind = kind
 
+    def perturbed(self, step: float) -> None:
+        return None
+
     def in_float64(self) -> None:
         return None
 

@@ -141,3 +141,36 @@ def test_bfloat16_inputs_of_models_that_differ() -> None:
     other[0].weight.data[0] += 1
     found = bnctl.verify(one, other, [torch.randn(3, 4).bfloat16()])
     assert not found.passed
+
+
+class AsksForTheType(nn.Module):
+    """Is another function in float64."""
+
+    def __init__(self, factor: float = 1.0) -> None:
+        super().__init__()
+        self.linear, self.factor = nn.Linear(8, 8), factor
+        nn.init.eye_(self.linear.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.linear(x)
+        return y * (self.factor if y.dtype == torch.float32 else 5.0)
+
+
+def test_another_function_in_float64_excuses_nothing(batch: Batch) -> None:
+    torch.manual_seed(0)
+    baseline = AsksForTheType()
+    candidate = copy.deepcopy(baseline)
+    candidate.factor = 1.5
+    result = compare_runners(TorchRunner(baseline), TorchRunner(candidate), [batch])
+    assert not result.passed
+    assert result.outputs[0].noise is not None and result.outputs[0].noise < 1e-4
+
+
+def test_a_graph_in_float64_keeps_its_hooks() -> None:
+    graph = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(4, 4)))
+    graph.register_forward_hook(lambda module, args, output: output * 2)
+    x = torch.randn(3, 4)
+    reference = TorchRunner(graph).in_float64()
+    assert reference is not None
+    (wide,) = reference.run(Batch((x,))).values()
+    np.testing.assert_allclose(wide, graph(x).detach().numpy(), rtol=1e-5)

@@ -28,7 +28,7 @@ from bnctl.errors import InputError, ModelError, UsageError
 from bnctl.numerics.compare import ArrayError, Flips, compare, count_flips
 from bnctl.numerics.compare import tolerance as tolerance_of
 from bnctl.outcome import NO_EVIDENCE, OutputCheck, Verification
-from bnctl.runtime.noise import NOISE_ULPS, rounding_noise
+from bnctl.runtime.noise import DROWNED, NOISE_ULPS, rounding_noise
 from bnctl.runtime.trace import Divergence, first_divergence, last_layers
 
 if TYPE_CHECKING:
@@ -42,9 +42,6 @@ Outputs = Mapping[str, NDArray[Any]]
 NOISE_FACTOR = 5.0
 """An error of up to this many times the rounding noise counts as rounding: the noise is a maximum over few draws, and of two correct folds
 of a RexNet one was 3.4 times as far from the model as the model from its float64 self."""
-
-DROWNED = 1e-2
-"""Relative error from which on agreement by the allowance for rounding is no evidence."""
 
 
 VARIED = "on inputs varied from the given ones"

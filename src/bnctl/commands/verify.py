@@ -79,9 +79,12 @@ def run_verify(baseline: str, candidate: str, setup: Setup, *, tolerance: float 
 
 def _has_fixed_batch(model: Model) -> bool:
     """Whether a model says that it takes batches of one size only, as `export --static-batch` makes them."""
-    if model.kind != "onnx":
-        return model.dynamic_axes is not None and not any(0 in axes for axes in model.dynamic_axes)
     native: Any = model.native
+    if model.kind != "onnx":
+        from bnctl.engines.torch.export import exported_axes
+
+        dynamic = exported_axes(native) if model.dynamic_axes is None else model.dynamic_axes
+        return dynamic is not None and not any(0 in axes for axes in dynamic)
     shapes = [value.shape for value in native.graph.inputs if value.name not in native.graph.initializers]
     with_axes = [shape for shape in shapes if shape is not None and len(shape)]
     return bool(with_axes) and all(isinstance(shape[0], int) for shape in with_axes)

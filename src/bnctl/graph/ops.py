@@ -122,11 +122,12 @@ class Affine(Op):
 class Norm(Op):
     """A normalisation that depends on its input: LayerNorm, GroupNorm, BatchNorm with batch statistics.
 
-    ``obstacle`` is set for a BatchNorm: a site, and the reason why it cannot be folded.
+    ``obstacle`` is set for a BatchNorm: a site, and the reason why it cannot be folded. ``axis`` is that of gamma and beta, where the node has slots for them.
     """
 
     kind: str
     obstacle: Obstacle | None = None
+    axis: int = 1
 
     @property
     def label(self) -> str:

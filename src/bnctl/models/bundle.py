@@ -120,12 +120,23 @@ def load_bundle(
     state = _read_state(root / STATE_FILE, manifest.state_sha256)
     name = factory if isinstance(factory, str) else origin.factory
     module = call_factory(factory, origin.args, name) if callable(factory) else build_module(name, origin.args)
-    if origin.edits:
-        from bnctl.engines.torch.edits import apply_edits
-
-        apply_edits(module, origin.edits)
+    module = rebuilt(module, origin)
     _restore(module, state, manifest, root)
     return module, origin
+
+
+def rebuilt(module: nn.Module, origin: Origin) -> nn.Module:
+    """What a factory has built, with the edits of an origin.
+
+    Raises:
+        ModelError: it is not the model that was edited.
+    """
+    from bnctl.engines.torch.copies import editable
+    from bnctl.engines.torch.edits import apply_edits
+
+    module = editable(module)
+    apply_edits(module, origin.edits)
+    return module
 
 
 def bundle_sha256(folder: str | os.PathLike[str]) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from bnctl.errors import ModelError
+from bnctl.models.onnx_sound import make_sound, refuse_what_is_not_kept
 from bnctl.models.onnx_stream import write_inline
 from bnctl.models.spec import require_file
 from bnctl.models.write import flush, publish, refuse_existing, staging
@@ -44,7 +45,7 @@ def load_onnx(path: str | os.PathLike[str]) -> onnx_ir.Model:
     External tensors elsewhere (attributes, functions) are read at once: they are small, and writing them again needs them.
 
     Raises:
-        ModelError: see :func:`check_external_data`; or an initializer is sparse, which onnx-ir would drop.
+        ModelError: see :func:`check_external_data` and :mod:`bnctl.models.onnx_sound`.
     """
     file = Path(path)
     return _model(_parsed(_content(file), file), file)
@@ -66,7 +67,7 @@ def _model(proto: onnx.ModelProto, file: Path) -> onnx_ir.Model:
     from onnx.external_data_helper import load_external_data_for_tensor
 
     _check_external(proto, file)
-    _refuse_sparse(proto, str(file))
+    refuse_what_is_not_kept(proto, str(file))
     folder = str(file.resolve().parent)
     try:
         for tensor, mapped in _external_tensors(proto):
@@ -81,6 +82,7 @@ def _model(proto: onnx.ModelProto, file: Path) -> onnx_ir.Model:
             f"{file} is not a valid ONNX model: {type(error).__name__}: {error}",
             hint="the file is damaged, or not of this kind: write it again",
         ) from error
+    make_sound(model, str(file))
     return model
 
 
@@ -88,17 +90,19 @@ def from_proto(proto: onnx.ModelProto, name: str) -> onnx_ir.Model:
     """A model that somebody holds in memory.
 
     Raises:
-        ModelError: something in it is sparse, or it is not valid.
+        ModelError: it is not valid, see :mod:`bnctl.models.onnx_sound`.
     """
     import onnx_ir
 
-    _refuse_sparse(proto, name)
+    refuse_what_is_not_kept(proto, name)
     try:
-        return onnx_ir.from_proto(proto)
+        model = onnx_ir.from_proto(proto)
     except Exception as error:
         raise ModelError(
             f"{name} is not a valid ONNX model: {type(error).__name__}: {error}", hint="see what onnx.checker says"
         ) from error
+    make_sound(model, name)
+    return model
 
 
 def _list_initializers(model: onnx_ir.Model) -> None:
@@ -207,35 +211,6 @@ def _check_external(proto: onnx.ModelProto, path: Path) -> None:
                 f"{path}: tensor {tensor.name or '(unnamed)'}: {reason}",
                 hint="keep external data as plain files in the model's own folder",
             )
-
-
-def _refuse_sparse(proto: onnx.ModelProto, name: str) -> None:
-    for graph in (*_graphs(proto.graph), *(inner for function in proto.functions for inner in _inner_graphs(function))):
-        sparse = [f"initializer {tensor.values.name or '(unnamed)'}" for tensor in graph.sparse_initializer]
-        sparse += [
-            f"the constant {node.output[0]}"
-            for node in graph.node
-            for a in node.attribute
-            if a.HasField("sparse_tensor")
-        ]
-        if sparse:
-            raise ModelError(
-                f"{name}: {sparse[0]} is sparse, and bnctl reads dense ones only",
-                hint="write it as a dense tensor (an entry of graph.initializer), or export the model again without sparse weights",
-            )
-
-
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """A graph, and those inside its nodes, at any depth."""
-    yield graph
-    yield from _inner_graphs(graph)
-
-
-def _inner_graphs(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.GraphProto]:
-    for node in graph.node:
-        for attribute in node.attribute:
-            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                yield from _graphs(inner)
 
 
 def _problem(tensor: onnx.TensorProto, folder: Path) -> str | None:

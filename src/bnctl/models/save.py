@@ -169,21 +169,22 @@ def _give_shapes(proto: onnx.ModelProto) -> bool:
 def _program(model: Model, example: Batch | None, static_batch: bool) -> Any:
     from bnctl.data.resize import resized
     from bnctl.engines.torch.copies import workable
-    from bnctl.engines.torch.export import to_program
+    from bnctl.engines.torch.export import exported_axes, to_program
 
     if model.program is not None:
         return model.program
     if example is None:
         raise UsageError("an exported graph needs example inputs", hint="give --input 1x3x224x224 or --data")
-    any_batch = not static_batch and (model.dynamic_axes is None or any(0 in axes for axes in model.dynamic_axes))
+    module: Any = model.native
+    dynamic = exported_axes(module) if model.dynamic_axes is None else model.dynamic_axes
+    any_batch = not static_batch and (dynamic is None or any(0 in axes for axes in dynamic))
     if any_batch and example.size < 2:
         example = resized(example, 2)
-    module: Any = model.native
     return to_program(
         workable(module, model.word),
         example,
         dynamic_batch=any_batch,
-        dynamic_axes=model.dynamic_axes,
+        dynamic_axes=dynamic,
         name=model.word,
     )
 
@@ -223,16 +224,15 @@ def _check_rebuilt(module: nn.Module, origin: Origin, example: Batch, word: str)
     Raises:
         ModelError: the second model is another one, or cannot be built.
     """
-    from bnctl.engines.torch.edits import apply_edits
     from bnctl.engines.torch.engine import keeping_state
+    from bnctl.models.bundle import rebuilt
     from bnctl.models.factory import build_module, check_fit
     from bnctl.models.ties import named_tensors, set_tensor
     from bnctl.runtime.torch import TorchRunner
     from bnctl.verification import compare_runners
 
     with _other_seed():
-        again = build_module(origin.factory, origin.args)
-    apply_edits(again, origin.edits)
+        again = rebuilt(build_module(origin.factory, origin.args), origin)
     state = module.state_dict()
     check_fit(again, state, word)
     again.load_state_dict(state, assign=True)

@@ -28,8 +28,14 @@ def _(op: ops.Opaque, node: Node, graph: Graph, output: int, m: AffineMap) -> Mo
 
 
 @backward.register
-def _(op: ops.Activation | ops.Norm, node: Node, graph: Graph, output: int, m: AffineMap) -> Move:
+def _(op: ops.Activation, node: Node, graph: Graph, output: int, m: AffineMap) -> Move:
     return Obstacle("BN103", f"{op.label} ({node.layer}) stands between it and a linear operator")
+
+
+@backward.register
+def _(op: ops.Norm, node: Node, graph: Graph, output: int, m: AffineMap) -> Move:
+    taken = _into_norm(op, node, m) if output == node.outputs[0] else None
+    return taken or Obstacle("BN103", f"{op.label} ({node.layer}) stands between it and a linear operator")
 
 
 @backward.register
@@ -53,13 +59,10 @@ def _(op: ops.LinearOp, node: Node, graph: Graph, output: int, m: AffineMap) -> 
 
 @backward.register
 def _(op: ops.Affine, node: Node, graph: Graph, output: int, m: AffineMap) -> Move:
-    # A normalisation layer that stays takes a later affine into gamma and beta; past any other, the affine is moved.
-    gamma, beta = node.weight, node.bias
-    if gamma is not None and gamma.shape is not None and beta is not None and not (gamma.obstacle or beta.obstacle):
-        vectors = m.vectors(op.axis, gamma.shape[0])
-        if vectors is not None:
-            return Absorb("output", *vectors)
-    moved = m.conjugate(op.map)
+    taken = _into_norm(op, node, m)
+    if taken is not None:
+        return taken
+    moved = m.conjugate(op.map)  # past an affine that takes nothing in
     if moved is None:
         return Obstacle("BN119", f"{op.label} {node.layer} multiplies by 0")
     return Pass(((node.inputs[0], moved),))
@@ -270,6 +273,15 @@ def _(op: ops.ConstantPad, node: Node, graph: Graph, output: int, m: AffineMap) 
                 return Obstacle("BN114", f"{node.layer} puts constants around the value")
             m = m.take(axis, range(before, size - behind))
     return Pass(((node.inputs[0], m),))
+
+
+def _into_norm(op: ops.Affine | ops.Norm, node: Node, m: AffineMap) -> Absorb | None:
+    """A normalisation layer that stays takes a later affine into gamma and beta."""
+    gamma, beta = node.weight, node.bias
+    if gamma is None or beta is None or gamma.obstacle or beta.obstacle or len(gamma.shape or ()) != 1:
+        return None
+    vectors = m.vectors(op.axis % m.rank, (gamma.shape or (0,))[0])
+    return None if vectors is None else Absorb("output", *vectors)
 
 
 # What is the same in both directions.

@@ -68,6 +68,10 @@ class Ahead:
         """See :meth:`Runner.in_float64`."""
         return self._runner.in_float64()
 
+    def perturbed(self, step: float) -> Runner | None:
+        """See :meth:`Runner.perturbed`."""
+        return self._runner.perturbed(step)
+
     def prepared(self, batch: Batch) -> AbstractContextManager[Callable[[], object]]:
         """See :meth:`Runner.prepared`."""
         return self._runner.prepared(batch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +23,22 @@ NOISE_ULPS = 8
 smaller step may not cross a single quantum of a saturated output."""
 
 
+DROWNED = 1e-2
+"""Relative error from which on agreement by the allowance for rounding is no evidence."""
+
+DISPROPORTION = 1e3
+"""A model moves by this many times as much, at most, when it is computed in float64, as when its inputs and parameters are changed by :data:`NOISE_ULPS`,
+as far as it moves by more than :data:`DROWNED` at all. What moves further is another function: code that asks for the type, or a copy that lost something."""
+
+
 def rounding_noise(
     runner: Runner, batch: Batch, values: Mapping[str, NDArray[Any]], *, layers: bool = False
 ) -> dict[str, float]:
     """How far rounding alone moves each value of a model, at most: the larger of two measurements.
 
     One shakes every float input by :data:`NOISE_ULPS` units in the last place (two seeded draws of signs; nothing for integers). The other runs the model in
-    float64, where the runtime can: an error that a candidate shares with the model itself is none of surgery.
+    float64, where the runtime can and where that is still the same function (:data:`DISPROPORTION`): an error that a candidate shares with the model itself
+    is none of surgery.
 
     Args:
         runner: the model.
@@ -42,10 +51,22 @@ def rounding_noise(
         return model.observe(given, list(values))[1] if layers else model.run(given)
 
     noise = dict.fromkeys(values, 0.0)
-    for other in _others(runner, batch, run):
-        for name, value in other.items():
-            if name in noise:
-                noise[name] = max(noise[name], _moved(values[name], value))
+    for seed in range(2):
+        _raise(noise, values, run(runner, _shaken(runner, batch, seed)))
+    wide = _run(runner.in_float64(), batch, run)
+    moved = _raise(dict.fromkeys(values, 0.0), values, wide)
+    if any(DROWNED * float(np.max(np.abs(values[n]), initial=0.0)) < moved[n] < math.inf for n in values):
+        bound = _raise(dict(noise), values, _run(runner.perturbed(_step(runner)), batch, run))
+        moved = {name: error for name, error in moved.items() if error <= DISPROPORTION * bound[name]}
+    return {name: max(least, moved.get(name, 0.0)) for name, least in noise.items()}
+
+
+def _raise(
+    noise: dict[str, float], values: Mapping[str, NDArray[Any]], others: Mapping[str, NDArray[Any]]
+) -> dict[str, float]:
+    """Let the noise of each value be at least what it differs by from another one."""
+    for name in noise.keys() & others.keys():
+        noise[name] = max(noise[name], _moved(values[name], others[name]))
     return noise
 
 
@@ -57,22 +78,24 @@ def _moved(value: NDArray[Any], other: NDArray[Any]) -> float:
     return error if math.isfinite(error) else 0.0
 
 
-def _others(
-    runner: Runner, batch: Batch, run: Callable[[Runner, Batch], Mapping[str, NDArray[Any]]]
-) -> Iterator[Mapping[str, NDArray[Any]]]:
-    """What rounding could have made of the values."""
-    for seed in range(2):
-        yield run(runner, _shaken(runner, batch, seed))
-    reference = runner.in_float64()
-    if reference is not None:
-        try:
-            yield run(reference, batch)
-        except ModelError:  # its code asks for a float type by name
-            return
+def _run(
+    runner: Runner | None, batch: Batch, run: Callable[[Runner, Batch], Mapping[str, NDArray[Any]]]
+) -> Mapping[str, NDArray[Any]]:
+    """What another runner gives; nothing where there is none, or it fails."""
+    if runner is None:
+        return {}
+    try:
+        return run(runner, batch)
+    except ModelError:  # its code asks for a float type by name
+        return {}
+
+
+def _step(runner: Runner) -> float:
+    return NOISE_ULPS * _UNITS.get(runner.precision, 2.0**-23)
 
 
 def _shaken(runner: Runner, batch: Batch, seed: int) -> Batch:
-    step = NOISE_ULPS * _UNITS.get(runner.precision, 2.0**-23)
+    step = _step(runner)
     signs = np.random.default_rng(seed)
 
     def shake(value: Any) -> Any:

@@ -102,6 +102,9 @@ class OrtRunner:
     def in_float64(self) -> None:
         """ONNX Runtime has no float64 kernels for many operators, Conv among them."""
 
+    def perturbed(self, step: float) -> None:
+        """Of use beside a float64 model only."""
+
     def trace(self, batch: Batch) -> Trace:
         """Values inside the graph by name, in topological order, with what each was computed from."""
         exposed = onnx_source.expose(self._source)

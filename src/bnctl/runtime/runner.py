@@ -60,6 +60,10 @@ class Runner(Protocol):
         """The same model with float64 parameters and inputs; None where the runtime cannot."""
         ...
 
+    def perturbed(self, step: float) -> Runner | None:
+        """A copy in which every float parameter and buffer is `step` larger or smaller, relative to itself; None where there is none."""
+        ...
+
     def prepared(self, batch: Batch) -> AbstractContextManager[Callable[[], object]]:
         """A call without arguments that runs the model and nothing else: inputs are converted beforehand, for timing.
 

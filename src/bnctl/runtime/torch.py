@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -99,9 +98,31 @@ class TorchRunner:
 
     def in_float64(self) -> TorchRunner | None:
         """A copy of the module in float64; None where it cannot be copied."""
+        module = self._copy()
         try:
-            return _Float64Runner(copy.deepcopy(self._module).double(), device=str(self._device))
-        except Exception:  # modules may hold what cannot be copied
+            return None if module is None else _Float64Runner(module.double(), device=str(self._device))
+        except Exception:  # quantised parts have no other type
+            return None
+
+    def perturbed(self, step: float) -> TorchRunner | None:
+        """A copy in which every float parameter and buffer is `step` larger or smaller, relative to itself; None where it cannot be copied."""
+        module = self._copy()
+        if module is None:
+            return None
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for tensor in (*module.parameters(), *module.buffers()):
+                if tensor.is_floating_point():
+                    signs = torch.randint(0, 2, tensor.shape, generator=generator).to(tensor) * 2 - 1
+                    tensor.mul_(1 + step * signs)
+        return TorchRunner(module, device=str(self._device))
+
+    def _copy(self) -> torch.nn.Module | None:
+        from bnctl.engines.torch.copies import copied
+
+        try:
+            return copied(self._module, self._name)
+        except ModelError:  # modules may hold what cannot be copied
             return None
 
     @contextmanager

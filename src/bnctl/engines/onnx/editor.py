@@ -71,7 +71,10 @@ class Editor:
         node.replace_input_with(place.index, None)
         self.prune(old)
         base = str(old.name) if old is not None else f"{node.outputs[0].name}_bias"
-        node.replace_input_with(place.index, self.initializer(layer, base, array, dtype))
+        new = self.initializer(layer, base, array, dtype)
+        if old is not None:
+            _describe(new, old)
+        node.replace_input_with(place.index, new)
 
     def share(self, place: Place, other: Place) -> None:
         """Let a node read what another one reads at its place."""
@@ -114,6 +117,7 @@ class Editor:
         )
         after = added.outputs[0]
         after.shape, after.type = before.shape, before.type
+        _describe(after, before)
         before.replace_all_uses_with(after, replace_graph_outputs=True)
         added.replace_input_with(0, before)
         _graph_of(node).insert_after(node, added)
@@ -151,6 +155,7 @@ class Editor:
             self.rename(source, self.fresh(str(result.name)))
         if result.type is not None:  # an output of the model keeps its declared type
             source.type, source.shape = result.type, result.shape
+        _describe(source, result)
         result.replace_all_uses_with(source, replace_graph_outputs=True)
         parameters = [v for v in node.inputs if v is not source]
         self._remove(node)
@@ -179,6 +184,16 @@ class Editor:
             self._remove(producer)
             for given in inputs:
                 self.prune(given)
+
+
+def _describe(value: ir.Value, like: ir.Value) -> None:
+    """Say of a value what is said of the one in whose place it is; how that was quantised no longer holds."""
+    value.doc_string = like.doc_string
+    value.metadata_props.clear()
+    value.metadata_props.update(like.metadata_props)
+    value.meta.pop("quant_parameter_tensor_names", None)
+    if value.const_value is not None and like.const_value is not None:
+        value.const_value.doc_string = like.const_value.doc_string
 
 
 def _graph_of(node: ir.Node) -> ir.Graph:

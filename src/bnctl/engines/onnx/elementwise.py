@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from bnctl.codes import Obstacle
 from bnctl.engines.onnx.statistics import Statistics
-from bnctl.engines.onnx.translated import Place, Rule, Scope, Translated, axis_attribute, flag
+from bnctl.engines.onnx.translated import Place, Rule, Scope, Translated, axis_attribute, flag, input_of
 from bnctl.graph import ops
 from bnctl.graph.affine import AffineMap
 from bnctl.numerics.batchnorm import affine_of
@@ -22,6 +22,9 @@ _ACTIVATIONS = (
     "Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu LogSoftmax Hardmax"
 )
 _NORMS = "InstanceNormalization LayerNormalization GroupNormalization RMSNormalization LpNormalization MeanVarianceNormalization LRN"
+_WITH_SCALE_AND_BIAS = {"InstanceNormalization", "LayerNormalization", "GroupNormalization"}
+_GROUP_NORM_PER_CHANNEL = 21
+"""The opset from which GroupNormalization has a scale per channel; before, it had one per group."""
 
 
 def _batch_norm(node: ir.Node, scope: Scope) -> Translated:
@@ -144,7 +147,13 @@ def _softmax(node: ir.Node, scope: Scope) -> Translated:
 
 
 def _norm(node: ir.Node, scope: Scope) -> Translated:
-    return Translated(ops.Norm(node.op_type))
+    """Those that normalise by their input, with their scale and bias where these are vectors along the axis of the channels."""
+    last = node.op_type == "LayerNormalization"
+    per_group = node.op_type == "GroupNormalization" and scope.opset < _GROUP_NORM_PER_CHANNEL
+    if node.op_type not in _WITH_SCALE_AND_BIAS or per_group or (last and axis_attribute(node, -1) != -1):
+        return Translated(ops.Norm(node.op_type))
+    slots = (Place(node, 1), Place(node, 2)) if input_of(node, 1) is not None and input_of(node, 2) is not None else ()
+    return Translated(ops.Norm(node.op_type, axis=-1 if last else 1), *slots)
 
 
 def _snake(name: str) -> str:

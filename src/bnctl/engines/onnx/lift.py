@@ -176,8 +176,13 @@ class _Lifter:
             made = translated.outputs or last.outputs[:1]
             if not any(_is_read(v) for v in last.outputs if v not in made):
                 return replace(translated, outputs=tuple(made))
+        everything = tuple(v for v in node.outputs if v.name)
+        if translated is not None and isinstance(
+            translated.op, ops.Norm
+        ):  # a BatchNorm in training is a site all the same
+            return Translated(translated.op, outputs=everything)
         kind = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
-        return Translated(ops.Opaque(kind), outputs=tuple(v for v in node.outputs if v.name))
+        return Translated(ops.Opaque(kind), outputs=everything)
 
     def _node(self, graph: ir.Graph, translated: Translated, natives: tuple[ir.Node, ...]) -> Node:
         reads = translated.reads

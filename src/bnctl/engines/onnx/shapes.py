@@ -104,15 +104,16 @@ def _first_unknown(
 ) -> list[tuple[onnx.GraphProto, onnx.ValueInfoProto]]:
     """What can be said of values whose shape inference does not find, and would not find if the others in the list were known; each with its graph.
 
-    Of a convolution, that follows from its weight; of other nodes, it is what the file declares.
+    Of a convolution, that follows from its weight, of a GroupNormalization from its input; of other nodes, it is what the file declares.
     """
     found: list[tuple[onnx.GraphProto, onnx.ValueInfoProto]] = []
     waiting: set[str] = set()
     for around, node in _nodes(graph):
         unknown = [name for name in node.output if name and known.get(name, TensorInfo()).shape is None]
         if waiting.isdisjoint(_reads(node)):
-            convolution = _conv_output(node, known) if node.op_type in {"Conv", "ConvTranspose"} else None
-            infos = (convolution or declared.get(name) for name in unknown)
+            rule = _OUTPUT.get(node.op_type)
+            output = rule(node, known) if rule is not None else None
+            infos = (output or declared.get(name) for name in unknown)
             new = [(around, info) for info in infos if info is not None]
             found += new
             if not new:
@@ -162,6 +163,20 @@ def _conv_output(node: onnx.NodeProto, known: dict[str, TensorInfo]) -> onnx.Val
     shape = [None, channels if node.op_type == "Conv" else channels * groups, *[None] * (len(weight.shape) - 2)]
     dtype = ir.DataType.from_numpy(np.dtype(weight.dtype))
     return onnx.helper.make_tensor_value_info(node.output[0], int(dtype), shape)
+
+
+def _group_norm_output(node: onnx.NodeProto, known: dict[str, TensorInfo]) -> onnx.ValueInfoProto | None:
+    """As its input; inference goes through the operator's definition, and loses the sizes there."""
+    import onnx
+
+    given = known.get(node.input[0], TensorInfo())
+    if given.shape is None or not given.dtype:
+        return None
+    dtype = ir.DataType.from_numpy(np.dtype(given.dtype))
+    return onnx.helper.make_tensor_value_info(node.output[0], int(dtype), given.shape)
+
+
+_OUTPUT = {"Conv": _conv_output, "ConvTranspose": _conv_output, "GroupNormalization": _group_norm_output}
 
 
 def _skeleton(model: ir.Model) -> onnx.ModelProto:

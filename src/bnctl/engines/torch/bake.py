@@ -7,6 +7,7 @@ therefore give way to ``nn.Conv2d`` and its like with the weight of the record.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -109,9 +110,11 @@ class Bakes:
     def of(self, op: OpCall) -> Bake | None:
         """The layer in the place of the module that a linear operator with a computed weight ran in; all calls must agree."""
         path = op.within.path
-        if path is None or self._is_read_elsewhere(path):
+        if path is None:
             return None
         if path not in self.found:
+            if self._is_read_elsewhere(op.within.module, path):
+                return None
             first, *rest = (self._of_call(call, op) for call in self.calls.of[id(op.within.module)])
             if first is None or any(
                 b is None or b.args != first.args or not b.weight.equal(first.weight) for b in rest
@@ -125,17 +128,28 @@ class Bakes:
         linear = [c for c in inside if c.op == op.op]
         return bake(call, linear[0], inside, self.calls.trace) if len(linear) == 1 else None
 
-    def _is_read_elsewhere(self, path: str) -> bool:
-        """Whether code outside a module reads its parameters by no other name than the module's own."""
-        trace, own = self.calls.trace, f"{path}."
-        for call in trace.ops:
-            where = call.within.path or ""
-            if where != path and not where.startswith(own):
-                names = (trace.parameters.get(value, ()) for value in call.inputs)
-                if any(found and all(name.startswith(own) for name in found) for found in names):
-                    return True
-        given = {v for call in trace.modules for v in call.outputs} | set(trace.outputs)
-        return any(name.startswith(own) for v in given for name in trace.parameters.get(v, ()))
+    def _is_read_elsewhere(self, module: nn.Module, path: str) -> bool:
+        """Whether code that does not run in a call of a module reads what is the module's alone: its parameters, and what its calls make of them. Reading a
+        parametrised weight from outside calls the module's parts, not the module.
+        """
+        every, trace = self.calls.of[id(module)], self.calls.trace
+        inside = {id(op) for call in every for op in self.calls.inside.get(call, ())}
+        parts = {id(part) for part in module.modules()}
+        own = [v for v, names in trace.parameters.items() if all(name.startswith(f"{path}.") for name in names)]
+        made = [v for call in every for op in self.calls.inside.get(call, ()) for v in op.outputs if v in trace.tensors]
+        return any(id(op) not in inside for v in (*own, *made) for op in self.calls.readers.get(v, ())) or any(
+            id(call.module) not in parts for v in (*own, *made) for call in self._givers.get(v, ())
+        )
+
+    @cached_property
+    def _givers(self) -> dict[int, list[ModuleCall]]:
+        """The calls of modules that return each value which derives from parameters alone; the model's own among them."""
+        found: dict[int, list[ModuleCall]] = {}
+        for call in self.calls.trace.modules:
+            for value in call.outputs:
+                if value in self.calls.trace.tensors:
+                    found.setdefault(value, []).append(call)
+        return found
 
 
 def build(kind: str, args: dict[str, Any], dtype: torch.dtype, device: torch.device) -> nn.Module:

@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from bnctl.engines.torch.nested import tensors_in
-from bnctl.engines.torch.relayer import give_layers_back
+from bnctl.engines.torch.relayer import give_layers_back, has_layers_to_give, keep_hooks
 from bnctl.errors import ModelError
 
 
@@ -22,8 +22,20 @@ def workable(module: nn.Module, name: str) -> nn.Module:
     Raises:
         ModelError: the module cannot be copied.
     """
-    twin = copied(module, name)
-    return give_layers_back(twin) if isinstance(twin, fx.GraphModule) else twin
+    return editable(copied(module, name))
+
+
+def editable(module: nn.Module) -> nn.Module:
+    """The module as surgery works on it: graphs of torch.export and torch.fx, and such among its parts, get their layers back. The argument is used up."""
+    if isinstance(module, fx.GraphModule):
+        return give_layers_back(module)
+    graphs = [part for part in module.modules() if isinstance(part, fx.GraphModule) and has_layers_to_give(part)]
+    with_layers = {id(graph): give_layers_back(graph) for graph in graphs}
+    for part in list(module.modules()):
+        for name, child in part._modules.items():
+            if id(child) in with_layers:
+                part._modules[name] = with_layers[id(child)]
+    return module
 
 
 def copied(module: nn.Module, name: str, shared: Iterable[torch.Tensor] = ()) -> nn.Module:
@@ -42,7 +54,11 @@ def copied(module: nn.Module, name: str, shared: Iterable[torch.Tensor] = ()) ->
             warnings.simplefilter(
                 "ignore", FutureWarning
             )  # torch's own, on copying the tree specs of an exported graph
-            twin: nn.Module = copy.deepcopy(module, _copied_by_hand(module) | {id(t): t for t in shared})
+            memo = _copied_by_hand(module) | {id(t): t for t in shared}
+            twin: nn.Module = copy.deepcopy(module, memo)
+            for part in module.modules():
+                if isinstance(part, fx.GraphModule):
+                    keep_hooks(part, memo[id(part)], memo)
     except Exception as error:
         raise ModelError(
             f"{name} cannot be copied: {type(error).__name__}: {error}",

@@ -90,8 +90,12 @@ class _Tree:
                     self.places.setdefault(child, []).append((module, key))
 
     def put(self, old: nn.Module, new: nn.Module) -> None:
-        """Put a module in the place of another, wherever that hangs."""
+        """Put a module in the place of another, wherever that hangs. Code that calls the old one by another way (a plain list, an object of its own) gets what
+        the new one computes.
+        """
         new.train(old.training)
+        if not isinstance(old, torch.jit.ScriptModule):
+            old.forward = new.forward
         self._note(new)
         for module, key in self.places.pop(old, ()):
             module._modules[key] = new

@@ -12,7 +12,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from bnctl.errors import ModelError
@@ -45,6 +45,10 @@ def to_program(
     Raises:
         ModelError: torch.export cannot capture the model, or its code fixes a size that is to be dynamic.
     """
+    if isinstance(module, torch.jit.ScriptModule):
+        raise ModelError(
+            f"torch.export cannot capture {name}: it is a ScriptModule", hint="export the module that was scripted"
+        )
     args, kwargs = as_tensors(batch, module)
     with evaluating(module), torch.no_grad(), quiet():
         try:
@@ -62,6 +66,14 @@ def to_program(
             else:
                 hint = "write a bundle (-o folder/)"
             raise ModelError(f"torch.export cannot capture {name}: {_first_line(error)}", hint=hint) from error
+
+
+def exported_axes(module: nn.Module) -> tuple[tuple[int, ...], ...] | None:
+    """The axes of any size of each input, flattened, of a graph that torch.export has made, with its guards; None for any other module."""
+    if not isinstance(module, fx.GraphModule) or not hasattr(module, "_guards_fn"):
+        return None
+    values = [node.meta.get("val") for node in module.graph.nodes if node.op == "placeholder"]
+    return tuple(tuple(i for i, n in enumerate(getattr(v, "shape", ())) if not isinstance(n, int)) for v in values)
 
 
 def to_onnx(program: torch.export.ExportedProgram, *, name: str = "the model") -> onnx_ir.Model:

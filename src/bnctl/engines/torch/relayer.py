@@ -7,6 +7,7 @@ model. Names in the state dict stay. A call that does not fit a layer (computed 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -16,14 +17,39 @@ from torch import fx, nn
 aten = torch.ops.aten
 
 
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
+def keep_hooks(graph_module: fx.GraphModule, twin: fx.GraphModule, memo: dict[int, Any]) -> None:
+    """Give a copy of a graph module the hooks of its forward, which are lost otherwise. What torch.export itself attaches is left: it is for attributes that
+    are lost, too.
+    """
+    for name in _HOOKS:
+        kept = {
+            key: copy.deepcopy(hook, memo)
+            for key, hook in getattr(graph_module, name).items()
+            if not str(getattr(hook, "__module__", "")).startswith("torch.")
+        }
+        getattr(twin, name).update(kept)
+
+
+def has_layers_to_give(graph_module: fx.GraphModule) -> bool:
+    """Whether there is a functional call in the graph that a layer may stand for."""
+    return any(node.op == "call_function" and node.target in _BUILD for node in graph_module.graph.nodes)
+
+
 def give_layers_back(graph_module: fx.GraphModule) -> fx.GraphModule:
     """A graph module in which convolutions, linear layers and BatchNorms are modules again; the argument is used up.
 
-    The guards on input shapes that torch.export adds are dropped: they repeat the shapes of the example.
+    The guards on input shapes that torch.export adds stay: a graph that was made for one batch size goes on refusing others.
     """
     graph = graph_module.graph
-    for node in [n for n in graph.nodes if n.op == "call_module" and n.target == "_guards_fn"]:
-        graph.erase_node(node)
     built: dict[str, nn.Module] = {}
     for node in list(graph.nodes):
         build = _BUILD.get(node.target) if node.op == "call_function" else None
@@ -45,8 +71,11 @@ def give_layers_back(graph_module: fx.GraphModule) -> fx.GraphModule:
         call.meta = dict(node.meta)
         node.replace_all_uses_with(call)
         graph.erase_node(node)
-    graph.eliminate_dead_code()
+    for node in reversed(graph.nodes):
+        if node.op == "get_attr" and not node.users:
+            graph.erase_node(node)
     plain = fx.GraphModule(graph_module, graph, type(graph_module).__name__)
+    keep_hooks(graph_module, plain, {id(graph_module): plain})
     plain.training = False
     for module in plain.modules():
         module.training = False

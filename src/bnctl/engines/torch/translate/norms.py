@@ -18,7 +18,8 @@ from bnctl.numerics.batchnorm import affine_of
 def _batch_norm(call: OpCall, operands: Operands, *, batch_statistics: bool, eps: float) -> Translated | None:
     mean, var = operands.constant(argument(call, 3)), operands.constant(argument(call, 4))
     if batch_statistics:
-        return Translated(ops.Norm("batch norm", Obstacle("BN105", "mean and variance are taken from the input")))
+        taken = ops.Norm("batch norm", Obstacle("BN105", "mean and variance are taken from the input"))
+        return Translated(taken, operands.weight(argument(call, 1), call), operands.weight(argument(call, 2), call))
     if mean is None or var is None:
         return Translated(
             ops.Norm("batch norm", Obstacle("BN109", "its statistics are not stored in a module of the model"))
@@ -48,12 +49,14 @@ def _(call: OpCall, operands: Operands) -> Translated | None:
     return _batch_norm(call, operands, batch_statistics=False, eps=argument(call, 6))
 
 
-@entry_for(
-    "group_norm.default",
-    "layer_norm.default",
-    "native_layer_norm.default",
-    "native_group_norm.default",
-    "rms_norm.default",
-)
+@entry_for("group_norm.default", "layer_norm.default")
+def _(call: OpCall, operands: Operands) -> Translated | None:
+    kind = call.op.split(".")[1]
+    gamma, beta = argument(call, 2, None, "weight"), argument(call, 3, None, "bias")
+    op = ops.Norm(kind, axis=1 if kind == "group_norm" else -1)
+    return Translated(op, operands.weight(gamma, call), operands.weight(beta, call))
+
+
+@entry_for("native_layer_norm.default", "native_group_norm.default", "rms_norm.default")
 def _(call: OpCall, operands: Operands) -> Translated | None:
     return Translated(ops.Norm(call.op.split(".")[1]))
