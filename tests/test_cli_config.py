@@ -91,6 +91,11 @@ def test_json_asked_for_elsewhere_holds_for_errors_too(where, cli, monkeypatch):
         ("trusted-factories = 'a:*'", "trusted-factories"),
         ("trusted-factories = [1]", "trusted-factories"),
         ("limit = ", "bnctl.toml"),
+        ("batch-size = true", "batch-size = true"),
+        ("batch-size = 3\nbatch_size = 4", "the same setting"),
+        ("[inspect]\nbatch-size = 3\nbatch_size = 4", "the same setting"),
+        ("seed = -1", "seed"),
+        ("seed = 99999999999999999999999", "seed"),
     ],
 )
 def test_what_is_not_understood_is_refused(text, said, cli):
@@ -146,3 +151,34 @@ def test_trust(cli, folder):
     assert cli(*inspect).code == 2
     Path("bnctl.toml").write_text('trusted-factories = ["trust_nets:*"]\n')
     assert cli(*inspect).code == 0
+
+
+@pytest.mark.parametrize("text", ["tool = 1", "tool = [1]", "[tool]\nbnctl = 1"])
+def test_a_project_file_without_tables_where_they_are_looked_for(text, cli):
+    Path("pyproject.toml").write_text(text)
+    ended = cli("inspect", ONNX_BN)
+    assert ended.code == 2
+    assert "is not a table" in ended.err
+
+
+@pytest.mark.parametrize("where", ["file", "environment"])
+def test_a_format_on_the_command_line_beats_json_asked_for_elsewhere(where, cli, monkeypatch):
+    if where == "file":
+        Path("bnctl.toml").write_text("json = true\n")
+    else:
+        monkeypatch.setenv("BNCTL_JSON", "1")
+    assert cli("inspect", ONNX_BN).document["command"] == "inspect"
+    assert cli("inspect", ONNX_BN, "--format", "markdown").out.startswith("### bnctl inspect")
+    assert cli("inspect", ONNX_BN, "--format", "json").document["command"] == "inspect"
+
+
+def test_json_and_another_format_at_once_are_refused(cli):
+    assert cli("inspect", ONNX_BN, "--json", "--format", "json").code == 0
+    ended = cli("inspect", ONNX_BN, "--json", "--format", "markdown")
+    assert ended.code == 2
+    assert "contradict" in ended.err
+
+
+@pytest.mark.parametrize("seed", ["-1", "99999999999999999999999"])
+def test_a_seed_out_of_range_is_refused(seed, cli):
+    assert cli("verify", ONNX_BN, ONNX_BN, "--seed", seed).code == 2

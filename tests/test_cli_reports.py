@@ -19,6 +19,7 @@ from bnctl.cli.tables import MAX_ROWS, short_names, tables
 from bnctl.errors import ExitCode
 from bnctl.report import Artifact, Report, Site
 from conftest import BN, CALIBRATION, INPUT, ONNX_BN, ONNX_PLAIN, TEST, faults, schema
+from test_onnx_checks import Net
 
 SHA = "0" * 64
 VERIFIED = {
@@ -282,3 +283,20 @@ def test_short_names_stay_apart():
     }  # fmt: skip
     assert set(short_names(["a/x.onnx", "b/x.onnx"]).values()) == {"a/x.onnx", "b/x.onnx"}
     assert short_names(["x.onnx", "x.onnx"]) == {"x.onnx": "x.onnx"}
+
+
+@pytest.mark.parametrize("form", ["junit", "markdown", "github", "human"])
+def test_control_characters_of_a_name_are_written_out(form, cli, tmp_path, monkeypatch):
+    net = Net("N", 3, 8, 8)
+    net.bn(net.conv("x", 3, 4), 4, out="boom\x1b[31m\x00\x9b<script>")
+    onnx.save(net.proto("boom\x1b[31m\x00\x9b<script>"), tmp_path / "m.onnx")
+    ended = cli("check", tmp_path / "m.onnx", "--format", form)
+    assert ended.code == 1
+    assert not set(ended.out) & {"\x1b", "\x00", "\x9b"}
+    if form == "junit":
+        cases = ElementTree.fromstring(ended.out).findall("testcase")
+        assert any("boom\\x1b[31m" in str(case.get("name")) for case in cases)
+    elif form != "human":
+        assert "boom\\" in ended.out
+    error = cli("inspect", tmp_path / "no\x1b[31m.onnx")
+    assert error.code == 2 and "\x1b" not in error.err

@@ -115,6 +115,96 @@ def test_a_branch_that_the_drawn_condition_does_not_take(cli: Any) -> None:
     assert cli("verify", *files).code == 1
 
 
+def loop(path: str, factor: float) -> str:
+    """Multiplies from the second pass on."""
+    helper, tensor = onnx.helper, onnx.TensorProto
+    nodes = [
+        helper.make_node("Greater", ["i", "zero"], ["later"]),
+        helper.make_node("Identity", ["go"], ["on"]),
+        helper.make_node("Mul", ["s", "factor"], ["t"]),
+        helper.make_node("Where", ["later", "t", "s"], ["u"]),
+    ]
+    values = [("i", tensor.INT64), ("go", tensor.BOOL)]
+    inputs = [helper.make_tensor_value_info(name, kind, []) for name, kind in values]
+    inputs.append(helper.make_tensor_value_info("s", tensor.FLOAT, None))
+    outputs = [
+        helper.make_tensor_value_info("on", tensor.BOOL, []),
+        helper.make_tensor_value_info("u", tensor.FLOAT, None),
+    ]
+    constants = [onnx.numpy_helper.from_array(np.array(0), "zero")]
+    constants.append(onnx.numpy_helper.from_array(np.array(factor, np.float32), "factor"))
+    body = helper.make_graph(nodes, "body", inputs, outputs, constants)
+    net = Net("N", 3, 4, 4)
+    net.inputs.append(helper.make_tensor_value_info("passes", tensor.INT64, []))
+    net.nodes.append(helper.make_node("Loop", ["passes", "", "x"], ["y"], body=body))
+    y = helper.make_tensor_value_info("y", tensor.FLOAT, None)
+    graph = helper.make_graph(net.nodes, "net", net.inputs, [y], [])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+def test_passes_of_a_loop_that_the_drawn_number_does_not_reach(cli: Any) -> None:
+    one, two = loop("1.onnx", 1.0), loop("2.onnx", 2.0)
+    assert cli("verify", one, one).code == 0
+    assert cli("verify", one, two).code == 1
+
+
+@pytest.mark.parametrize("kind", ["onnx", "torch"])
+def test_rows_of_a_table_that_the_drawn_indices_do_not_reach(cli: Any, kind: str) -> None:
+    words = []
+    for number, first in enumerate((1000, 2)):
+        table = np.random.default_rng(0).standard_normal((1000, 4)).astype(np.float32)
+        table[first:] += 1
+        if kind == "onnx":
+            net = Net("N")
+            net.inputs = [onnx.helper.make_tensor_value_info("ids", onnx.TensorProto.INT64, ["N", 7])]
+            net.add("Gather", table, "ids", out="y")
+            onnx.save(net.proto("y"), f"{number}.onnx")
+            words.append(f"{number}.onnx")
+        else:
+            np.save(f"{number}.npy", table)
+            Path("tables.py").write_text(
+                "import numpy, torch\n"
+                "def net(number):\n"
+                "    return torch.nn.Embedding.from_pretrained(torch.from_numpy(numpy.load(f'{number}.npy')))\n"
+                "def zero(): return net(0)\n"
+                "def one(): return net(1)\n"
+            )
+            words.append(f"tables:{('zero', 'one')[number]}")
+    given = () if kind == "onnx" else ("--input", "2x7:int64")
+    assert cli("verify", words[0], words[0], *given).code == 0
+    assert cli("verify", *words, *given).code == 1
+
+
+def test_outputs_that_show_nothing_are_not_called_different(cli: Any) -> None:
+    Path("nothing.py").write_text(
+        "from torch import nn\n"
+        "def net():\n"
+        "    model = nn.Sequential(nn.BatchNorm2d(3)).eval()\n"
+        "    model[0].running_mean.fill_(float('nan'))\n"
+        "    return model\n"
+    )
+    ended = cli("verify", "nothing:net", "nothing:net", "--input", "1x3x4x4")
+    assert ended.code == 3
+    assert "NOTHING SHOWN" in ended.out and "DIFFERENT" not in ended.out
+    assert "inconclusive" in ended.out.splitlines()[-1]
+    assert cli("verify", "nothing:net", "nothing:net", "--input", "1x3x4x4", "--format", "markdown").code == 3
+
+
+@pytest.mark.parametrize("command", ["verify", "bench"])
+def test_data_of_the_other_byte_order(cli: Any, command: str) -> None:
+    x = np.random.default_rng(0).standard_normal((6, 3, 8, 8)).astype(np.float32)
+    y = np.arange(6) % 4
+    np.savez("data.npz", x=x.astype(">f4"), y=y.astype(">i8"))
+    Path("pooled.py").write_text(
+        "import verify_nets\nfrom torch import nn\n"
+        "def net(): return nn.Sequential(verify_nets.plain(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()\n"
+    )
+    more = ("--no-latency",) if command == "bench" else ()
+    ended = cli(command, "pooled:net", "pooled:net", "--data", "data.npz", *more, "--json")
+    assert ended.code == 0, ended.err
+
+
 def test_sizes_that_only_one_of_the_two_takes_are_no_fault_and_are_said(cli: Any) -> None:
     ended = cli("verify", "verify_nets:plain", "verify_nets:of_one_size", *IMAGE)
     assert ended.code == 0

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from bnctl.data.batches import Batch
-from bnctl.data.resize import other_batch_sizes, other_choices, other_shapes, other_values
+from bnctl.data.resize import other_batch_sizes, other_choices, other_integers, other_shapes, other_values
 from bnctl.errors import ModelError, UsageError
 from bnctl.numerics.compare import compare, count_flips, rms, tolerance
 from bnctl.runtime.torch import TorchRunner
@@ -447,8 +447,25 @@ class TestVariations:
     @pytest.mark.parametrize("dtype", [torch.uint16, torch.float8_e4m3fn])
     def test_types_with_which_torch_can_do_little(self, dtype):
         batch = Batch((torch.zeros(2, 3).to(dtype),))
-        for ways in (other_values, other_choices, other_shapes):
+        for ways in (other_values, other_choices, other_integers, other_shapes):
             list(ways(batch))
+
+    @pytest.mark.parametrize("make", [np.array, torch.tensor])
+    def test_indices_are_drawn_from_ranges_from_wide_to_narrow(self, make):
+        batch = Batch((make([[0, 1, 1], [1, 0, 1]]), make([2, 3])), {"x": make([[0.5]])})
+        largest = [int(other.args[0].max()) for other in other_integers(batch)]
+        assert largest == sorted(largest, reverse=True)
+        assert largest[0] > 1000 and largest[-1] == 2
+        for other in other_integers(batch):
+            assert other.args[0].dtype == batch.args[0].dtype and other.args[0].min() >= 0
+            assert other.args[1].tolist() == [2, 3]  # may be sizes
+        images = Batch((np.zeros((2, 4, 4, 3), np.uint8),))
+        assert 128 < other_integers(images)[0].args[0].max() < 256
+        assert other_integers(Batch((np.zeros((2, 3), np.float32), np.arange(3)))) == []
+
+    def test_a_single_integer_counts_as_a_number(self):
+        for one in (np.array(1), np.array([1]), torch.tensor(1)):
+            assert [int(way.args[0].max()) for way in other_choices(Batch((one,)))[0]] == [0, 5]
 
     def test_what_is_not_dense_numbers_stays(self):
         batch = Batch((torch.eye(3).to_sparse(), np.array(["a", "b"]), torch.zeros(2, 3, dtype=torch.bfloat16)))

@@ -89,7 +89,8 @@ class Report:
         """The summary in one line for a person, such as "6 found · 5 inserted · 1 left"."""
         shown = {key: value for key, value in self.summary.items() if not isinstance(value, (list, dict))}
         if isinstance(shown.get("passed"), bool):
-            shown["passed"] = "passed" if shown["passed"] else "FAILED"
+            failed = "inconclusive" if self.exit_code is ExitCode.INCONCLUSIVE else "FAILED"
+            shown["passed"] = "passed" if shown["passed"] else failed
         if isinstance(shown.get("enough"), bool):
             shown["enough"] = "enough" if shown["enough"] else "too few"
         return " · ".join(_SAID.get(key, f"{{}} {key}").format(value) for key, value in shown.items())

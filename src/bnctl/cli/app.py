@@ -376,8 +376,8 @@ def run(arguments: list[str]) -> int:
         return fail(unexpected(error))
 
 
-def _command_line() -> tuple[Any, dict[str, dict[str, bool]]]:
-    """The click group, and the options of each command; true where an option is repeatable."""
+def _command_line() -> tuple[Any, dict[str, dict[str, config.Option]]]:
+    """The click group, and the options of each command."""
     group: Any = typer.main.get_command(app)
     options = {}
     for parameter in (*group.params, *(p for sub in group.commands.values() for p in sub.params)):
@@ -386,7 +386,8 @@ def _command_line() -> tuple[Any, dict[str, dict[str, bool]]]:
             if parameter.is_flag:
                 parameter.metavar = ""
     for name, sub in group.commands.items():
-        options[name] = {p.name: p.multiple for p in sub.params if p.param_type_name == "option"}
+        found = (p for p in sub.params if p.param_type_name == "option")
+        options[name] = {p.name: config.Option(p.multiple, p.is_flag) for p in found}
     return group, options
 
 

@@ -15,6 +15,7 @@ from bnctl.cli import options
 from bnctl.cli.options import Format
 from bnctl.cli.output import is_first_worker, progress_bar, write_report
 from bnctl.commands.setup import Progress, Setup
+from bnctl.errors import UsageError
 from bnctl.report import Report
 
 
@@ -51,7 +52,7 @@ def reporting(command: Callable[..., Report]) -> Callable[..., None]:
     def run(context: typer.Context, **given: Any) -> None:
         common = {p.name: given.pop(p.name) for p in COMMON}
         shared = context.find_root().obj
-        form = Format.JSON if common["json"] else common["format"]
+        form = _form(context, as_json=common["json"], form=common["format"])
         shared["json"] = form is Format.JSON  # also where a file or the environment asks for it
         speaks = is_first_worker()
         # What the user's code prints is talk: stdout is for the report.
@@ -68,6 +69,25 @@ def reporting(command: Callable[..., Report]) -> Callable[..., None]:
     run.__annotations__ = {p.name: p.annotation for p in parameters}
     del run.__wrapped__
     return run
+
+
+def _form(context: typer.Context, *, as_json: bool, form: Format) -> Format:
+    """``--json`` and ``--format`` say the same thing twice: what is said closer to the command line holds.
+
+    Raises:
+        UsageError: both are given, and contradict each other.
+    """
+    if not as_json or form is Format.JSON:
+        return Format.JSON if as_json else form
+    by_json, by_format = (
+        _SOURCES.get(getattr(context.get_parameter_source(name), "name", ""), 0) for name in ("json", "format")
+    )
+    if by_json == by_format == _SOURCES["COMMANDLINE"]:
+        raise UsageError(f"--json and --format {form} contradict each other", hint="leave one of them out")
+    return form if by_format > by_json else Format.JSON
+
+
+_SOURCES = {"DEFAULT_MAP": 1, "ENVIRONMENT": 2, "COMMANDLINE": 3}
 
 
 def _setup(common: dict[str, Any], trusted_factories: tuple[str, ...], progress: Progress) -> Setup:

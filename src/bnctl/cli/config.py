@@ -5,12 +5,21 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bnctl.errors import UsageError
 
 GLOBAL_KEYS = {"trusted-factories"}
+
+
+@dataclass(frozen=True)
+class Option:
+    """What is asked of an option: may it be given more than once, and is it given without a value."""
+
+    repeatable: bool = False
+    flag: bool = False
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], Path | None]:
@@ -28,12 +37,24 @@ def read_config(folder: Path) -> tuple[dict[str, Any], Path | None]:
                 document = tomllib.loads(path.read_text(encoding="utf-8"))
             except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
                 raise UsageError(f"{path}: {error}", hint="correct the file") from error
-            found = document.get("tool", {}).get("bnctl") if name == "pyproject.toml" else document
+            found = _table(document, path) if name == "pyproject.toml" else document
             if found is not None:
-                if not isinstance(found, dict):
-                    raise UsageError(f"{path}: [tool.bnctl] is not a table", hint="correct the file")
                 return found, path
     return {}, None
+
+
+def _table(document: Mapping[str, Any], path: Path) -> dict[str, Any] | None:
+    """``[tool.bnctl]``."""
+    found: Any = document
+    for key in ("tool", "bnctl"):
+        found = found.get(key)
+        if found is None:
+            return None
+        if not isinstance(found, dict):
+            raise UsageError(
+                f"{path}: [{'tool' if key == 'tool' else 'tool.bnctl'}] is not a table", hint="correct the file"
+            )
+    return dict(found)
 
 
 def trusted_factories(settings: Mapping[str, Any], path: Path | None) -> tuple[str, ...]:
@@ -52,7 +73,7 @@ def trusted_factories(settings: Mapping[str, Any], path: Path | None) -> tuple[s
 
 def default_map(
     settings: Mapping[str, Any],
-    commands: Mapping[str, Mapping[str, bool]],
+    commands: Mapping[str, Mapping[str, Option]],
     path: Path | None,
     environment: Mapping[str, str],
 ) -> dict[str, dict[str, Any]]:
@@ -62,7 +83,7 @@ def default_map(
 
     Args:
         settings: what the file holds.
-        commands: per command its options; true where an option is repeatable.
+        commands: per command its options.
         path: the file, for messages.
         environment: usually `os.environ`.
 
@@ -75,6 +96,8 @@ def default_map(
         raise UsageError(
             f"{path}: there is no command {key!r}", hint="tables are named like commands: [tool.bnctl.bench]"
         )
+    for table in (general, *tables.values()):
+        _refuse_twice(table, path)
     everywhere = set().union(*commands.values())
     _refuse_unknown(
         general, everywhere, f"{path}: unknown setting", "settings are named like the long options: batch-size = 64"
@@ -84,17 +107,23 @@ def default_map(
     for command, options in commands.items():
         own = tables.get(command, {})
         _refuse_unknown(own, options, f"{path}: bnctl {command} has no option", f"bnctl {command} --help lists them")
-        values = {key.replace("-", "_"): value for key, value in {**general, **own}.items()}
+        values = {key.replace("-", "_"): value for each in (general, own) for key, value in each.items()}
+        for key, value in values.items():
+            if isinstance(value, bool) and key in options and not options[key].flag:
+                raise UsageError(
+                    f"{path}: {key.replace('_', '-')} = {str(value).lower()}: not a value that it takes",
+                    hint=f"bnctl {command} --help",
+                )
         # A repeatable option may be given as one string, which click would take for a list of letters.
         found[command] = {
-            key: [value] if options[key] and isinstance(value, str) else value
+            key: [value] if options[key].repeatable and isinstance(value, str) else value
             for key, value in values.items()
             if key in options
         }
-        for key, repeatable in options.items():
+        for key, option in options.items():
             text = environment.get(f"BNCTL_{key.upper()}")
             if text:
-                found[command][key] = text.split() if repeatable else text
+                found[command][key] = text.split() if option.repeatable else text
     return found
 
 
@@ -120,7 +149,7 @@ def origin(
     return f"the file {path}" if {key, name} & given else None
 
 
-def _refuse_misspelt(environment: Mapping[str, str], commands: Mapping[str, Mapping[str, bool]]) -> None:
+def _refuse_misspelt(environment: Mapping[str, str], commands: Mapping[str, Mapping[str, Option]]) -> None:
     known = {"BNCTL_TRACEBACK"}
     for command, options in commands.items():
         known |= {f"BNCTL_{name}".upper() for name in options} | {f"BNCTL_{command}_{name}".upper() for name in options}
@@ -135,3 +164,10 @@ def _refuse_unknown(given: Mapping[str, Any], known: Collection[str], problem: s
     for key in given:
         if key.replace("-", "_") not in known:
             raise UsageError(f"{problem} {key!r}", hint=hint)
+
+
+def _refuse_twice(given: Mapping[str, Any], path: Path | None) -> None:
+    for key in given:
+        other = key.replace("-", "_")
+        if other != key and other in given:
+            raise UsageError(f"{path}: {key!r} and {other!r} are the same setting", hint="leave one of them out")

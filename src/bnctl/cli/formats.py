@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 from bnctl.cli.options import Format
 from bnctl.cli.tables import Table, samples, tables
 from bnctl.errors import ExitCode
+from bnctl.outcome import NO_EVIDENCE
 
 if TYPE_CHECKING:
     from bnctl.report import Report
@@ -34,7 +35,7 @@ def markdown(report: Report, *, verbose: bool = False) -> str:
 
 
 def _verification(v: Mapping[str, Any]) -> str:
-    word = "Equal" if v["passed"] else "**Different**"
+    word = "Equal" if v["passed"] else "**Nothing shown**" if v["reason"] == NO_EVIDENCE else "**Different**"
     if v["max_rel_error"] is None:
         return f"{word} on {samples(v)}."
     return f"{word} on {samples(v)}: largest relative error {v['max_rel_error']:.2g}, tolerance {v['tolerance']:.2g}."
@@ -63,7 +64,8 @@ def github(report: Report) -> str:
         if s.action == "finding"
     ]
     if report.verification is not None and not report.verification["passed"]:
-        lines.append(f"::error title=bnctl {report.command}::{_message(str(report.verification['reason']))}")
+        kind = "warning" if report.exit_code is ExitCode.INCONCLUSIVE else "error"
+        lines.append(f"::{kind} title=bnctl {report.command}::{_message(str(report.verification['reason']))}")
     return "\n".join([*lines, f"::{level} title=bnctl {report.command}::{_message(report.headline())}"])
 
 
@@ -75,9 +77,9 @@ def junit(report: Report) -> str:
     ]
     cases += [(f"{s.name} {s.code}", "fail", s.reason or "") for s in report.sites if s.action == "finding"]
     if report.verification is not None:
-        cases.append(
-            ("equivalence", "pass" if report.verification["passed"] else "fail", str(report.verification["reason"]))
-        )
+        reason = report.verification["reason"]
+        verdict = "pass" if report.verification["passed"] else "inconclusive" if reason == NO_EVIDENCE else "fail"
+        cases.append(("equivalence", verdict, str(reason)))
     verdicts = {ExitCode.OK: "pass", ExitCode.INCONCLUSIVE: "inconclusive"}
     for name, verdict, detail in cases or [(report.command, verdicts.get(report.exit_code, "fail"), "")]:
         case = ElementTree.SubElement(suite, "testcase", classname=f"bnctl.{report.command}", name=name)

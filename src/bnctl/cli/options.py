@@ -139,7 +139,10 @@ DataWorkers = Annotated[
     int, typer.Option("--workers", metavar="N", min=0, help="threads that decode images ahead", rich_help_panel=_DATA)
 ]
 Seed = Annotated[
-    int, typer.Option("--seed", metavar="N", help="of synthetic data and random orders", rich_help_panel=_DATA)
+    int,
+    typer.Option(
+        "--seed", metavar="N", min=0, max=2**32 - 1, help="of synthetic data and random orders", rich_help_panel=_DATA
+    ),
 ]
 Where = Annotated[list[str] | None, typer.Option("--where", metavar="GLOB", help="only these layers; repeatable")]
 Skip = Annotated[list[str] | None, typer.Option("--skip", metavar="GLOB", help="not these layers; repeatable")]

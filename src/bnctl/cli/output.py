@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bnctl.cli.options import Format
+from bnctl.cli.printable import printable, printable_all
 from bnctl.errors import BnctlError, ExitCode, UsageError, WorkerError
 
 if TYPE_CHECKING:
@@ -110,9 +111,9 @@ def write_report(report: Report, form: Format, *, quiet: bool, verbose: bool) ->
         elif form is not Format.HUMAN:
             from bnctl.cli.formats import render
 
-            sys.stdout.write(render(report, form, verbose=verbose))
+            sys.stdout.write(render(printable_all(report), form, verbose=verbose))
         elif not quiet:
-            _show(report, verbose=verbose)
+            _show(printable_all(report), verbose=verbose)
         sys.stdout.flush()
     except BrokenPipeError:
         _lose_stdout()
@@ -147,9 +148,9 @@ def write_error(error: BnctlError, *, as_json: bool, command: str) -> None:
         if isinstance(error, WorkerError):
             return  # the other one says it, and so does the first
         as_json = False
-    text = Text("error: ", style="bold red").append(error.message, style="default not bold")
+    text = Text("error: ", style="bold red").append(printable(error.message), style="default not bold")
     if error.hint:
-        text.append("\n hint: ", style="bold").append(error.hint, style="default not bold")
+        text.append("\n hint: ", style="bold").append(printable(error.hint), style="default not bold")
     with suppress(OSError):  # the exit code says it all the same
         # The terminal wraps by itself; a path with a line break in it could be neither copied nor searched for.
         Console(stderr=True).print(text, soft_wrap=True)

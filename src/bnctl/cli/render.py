@@ -13,6 +13,7 @@ from rich.text import Text
 
 from bnctl.cli.tables import Table, samples, tables
 from bnctl.errors import ExitCode
+from bnctl.outcome import NO_EVIDENCE
 
 if TYPE_CHECKING:
     from bnctl.codes import Code
@@ -71,6 +72,8 @@ def _rich(table: Table) -> rich_table.Table:
 
 def _verification(v: Any) -> Text:
     text = Text("equal", style="green") if v["passed"] else Text("DIFFERENT", style="bold red")
+    if v["reason"] == NO_EVIDENCE:
+        text = Text("NOTHING SHOWN", style="bold yellow")
     text.append(f" on {samples(v)}", style="default not bold")
     if v["max_rel_error"] is not None:
         errors = f": error {v['max_rel_error']:.2g} relative, {v['max_abs_error']:.2g} absolute; tolerance {v['tolerance']:.2g}"

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Literal
 
-from bnctl.data.resize import other_choices, other_shapes, other_values, resized
+from bnctl.data.resize import other_choices, other_integers, other_shapes, other_values, resized
 from bnctl.errors import BnctlError, EquivalenceError
 from bnctl.runtime import Runner, open_runner
 from bnctl.runtime.ahead import Ahead
@@ -52,7 +52,7 @@ def check_equivalence(
         device: "cpu" or "cuda".
         baseline: runs `before`, where there is a runner already.
     """
-    others = list(variations(example, vary, branching=may_branch(before)))
+    others = list(variations(example, vary, branching=may_branch(before), device=device))
     with keeping(before), keeping(after):
         baseline, candidate = baseline or _opened(before, device), _opened(after, device)
         verification = compare_runners(
@@ -92,11 +92,11 @@ def _opened(model: Model, device: str) -> Runner:
     return open_runner(model, threads=min(os.cpu_count() or 1, MOST_THREADS), device=device)
 
 
-def variations(example: Batch, vary: Collection[Varied], *, branching: bool) -> Iterator[Sequence[Batch]]:
+def variations(example: Batch, vary: Collection[Varied], *, branching: bool, device: str) -> Iterator[Sequence[Batch]]:
     """The example in other forms, each with alternatives. Another size and other values share their runs: a fault in either shows.
 
     One sample is the size to look inside at, and the cheapest; an example of one sample becomes two. Where values decide on what is computed, they are tried
-    with either sign.
+    with either sign. Integers of a wider range are tried where an index that is too large does no more than raise: on a GPU it ends the process' use of it.
     """
     other = resized(example, 2 if example.size == 1 else 1) if "batch size" in vary and example.size else example
     if "values" in vary:
@@ -105,6 +105,8 @@ def variations(example: Batch, vary: Collection[Varied], *, branching: bool) -> 
         yield [other]
     if "choices" in vary and branching:
         yield from ([way] for way in chain.from_iterable(other_choices(other)))
+    if "choices" in vary and device == "cpu":
+        yield from filter(None, [other_integers(other)])
     if "shape" in vary:
         yield from other_shapes(other)
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from bnctl.data.batches import Batch
     from bnctl.models.model import Model
     from bnctl.runtime import Runner
+    from bnctl.verification import Verification
 
 
 def run_verify(baseline: str, candidate: str, setup: Setup, *, tolerance: float | None) -> Report:
@@ -52,7 +53,9 @@ def run_verify(baseline: str, candidate: str, setup: Setup, *, tolerance: float 
             yield from ([other] for other in other_batch_sizes(example))
         if setup.data is not None:  # it says what values, choices and sizes matter
             return
-        yield from variations(example, ("values", "choices"), branching=may_branch(before) or may_branch(after))
+        yield from variations(
+            example, ("values", "choices"), device=setup.device, branching=may_branch(before) or may_branch(after)
+        )
         fixed = False
         for ways in other_shapes(resized(example, 1) if example.size and not fixed_batch else example):
             by_first = list(islice(_taken(first, ways), 1))
@@ -72,9 +75,15 @@ def run_verify(baseline: str, candidate: str, setup: Setup, *, tolerance: float 
         details={"candidate": {"path": after.word, "sha256": after.sha256}},
         summary={"passed": verification.passed},
         notes=tuple(notes),
-        exit_code=ExitCode.OK if verification.passed else ExitCode.FAILED,
+        exit_code=_exit_code(verification),
         elapsed_s=time.perf_counter() - started,
     )
+
+
+def _exit_code(verification: Verification) -> ExitCode:
+    if verification.inconclusive:
+        return ExitCode.INCONCLUSIVE
+    return ExitCode.OK if verification.passed else ExitCode.FAILED
 
 
 def _has_fixed_batch(model: Model) -> bool:

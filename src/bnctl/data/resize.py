@@ -81,10 +81,40 @@ def _other_choices(value: Any) -> list[Any]:
     if kind not in {"i", "u"} or 0 in value.shape:
         return []
     try:
-        turned = value if not value.ndim else value.flip(-1) if hasattr(value, "flip") else np.flip(value, -1)
+        if all(size == 1 for size in value.shape):  # a number, of passes through a loop, say
+            return [_as_it_was(value, value - 1 if (value > 0).all() else value + 1), _as_it_was(value, 2 * value + 3)]
+        turned = value.flip(-1) if hasattr(value, "flip") else np.flip(value, -1)
         return [turned if (turned != value).any() else _as_it_was(value, value - 1 if (value > 0).all() else value + 1)]
     except RuntimeError:  # torch knows types with which it can do next to nothing
         return []
+
+
+_RANGES = (30_000, 1_000, 100, 10, 3)
+"""Ends of the ranges from which integers are drawn: those of the words of a language, first."""
+
+
+def other_integers(batch: Batch) -> list[Batch]:
+    """The batch with integers of a wider range in all arrays of two axes or more, from the widest range to the narrowest; none without such arrays.
+
+    They are indices, most often: into the rows of a table that has as many as its model says, which raises where there are fewer. Those of fewer axes may be
+    sizes, and are left.
+    """
+    given = [leaf for leaf in leaves(batch) if _has_indices(leaf)]
+    return [_mapped(batch, partial(_drawn, end=end)) for end in _RANGES] if given else []
+
+
+def _has_indices(value: Any) -> bool:
+    return _is_array(value) and _kind(value) in {"i", "u"} and value.ndim > 1
+
+
+def _drawn(value: Any, end: int) -> Any:
+    if not _has_indices(value):
+        return value
+    bits = value.dtype.itemsize * 8 - (_kind(value) == "i")
+    drawn = np.random.default_rng(0).integers(0, min(end, 2**bits), tuple(value.shape))
+    if isinstance(value, np.ndarray):
+        return drawn.astype(value.dtype)
+    return value.new_tensor(drawn.tolist())
 
 
 def other_shapes(batch: Batch) -> list[list[Batch]]:

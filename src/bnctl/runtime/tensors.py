@@ -31,7 +31,9 @@ def as_tensors(
         if isinstance(value, torch.Tensor):
             return _moved(value, place, value.dtype, copy=True)  # a model may write into its input
         if isinstance(value, np.ndarray):
-            tensor = _from_array(np.array(value))
+            tensor = _from_array(
+                np.array(value, value.dtype if value.dtype.isnative else value.dtype.newbyteorder("="))
+            )
             return _moved(tensor, place, (tensor.is_floating_point() and float_type) or tensor.dtype, copy=False)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             parts = {f.name: pytree.tree_map(convert, getattr(value, f.name)) for f in dataclasses.fields(value)}
