@@ -23,6 +23,7 @@ KINDS = (
     *("conv", "padded", "transposed", "matmul", "bn", "bn", "bn", "mul", "bias", "relu"),
     *("transpose", "reshape", "concat", "add", "sub", "pool", "max", "split", "branch"),
     *("sum", "broadcast", "slices", "halves", "gate", "overlap", "counted", "pad_and_crop", "reduce"),
+    *("matmul_left", "einsum", "instance_norm", "layer_norm"),
 )
 
 FREE = (
@@ -135,6 +136,20 @@ def grow(net: Net, x: str, kind: str) -> str:
             return net.add("Mul" if kind == "mul" else "Add", x, constant)
         case "matmul":
             return net.add("Add", net.add("MatMul", x, net.normal(SIDE, SIDE) / 2), net.normal(SIDE))
+        case "matmul_left":
+            return net.add("Add", net.add("MatMul", net.normal(SIDE, SIDE) / 2, x), net.normal(SIDE, 1))
+        case "einsum":
+            equation, parts = (("bchw,cd->bdhw", (x, net.normal(C, C))), ("dc,bchw", (net.normal(C, C), x)))[
+                int(net.rng.integers(2))
+            ]
+            return net.add("Einsum", *parts, equation=equation)
+        case "instance_norm":
+            return net.add("InstanceNormalization", x, net.normal(C), net.normal(C))
+        case "layer_norm":
+            last = net.add(
+                "LayerNormalization", net.add("Transpose", x, perm=[0, 2, 3, 1]), net.normal(C), net.normal(C)
+            )
+            return net.add("Transpose", last, perm=[0, 3, 1, 2])
         case "split":
             first = net.add("Split", x, np.array([1, 3]), axis=1, outputs=2)
             return net.add("Concat", f"{first}_1", first, axis=1)

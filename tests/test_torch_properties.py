@@ -32,6 +32,10 @@ MORE = [
     "add",
     "reuse",
     "inplace",
+    "product",
+    "einsum",
+    "group_norm",
+    "layer_norm",
 ]
 
 
@@ -89,6 +93,8 @@ def layer(kind: str, rank: int, bias: bool) -> nn.Module:
         "transposed": lambda: {3: nn.ConvTranspose1d, 4: nn.ConvTranspose2d}[rank](c, c, 3, padding=1, bias=bias),
         "bn": lambda: {3: nn.BatchNorm1d, 4: nn.BatchNorm2d}[rank](c, eps=1e-3, affine=bias),
         "linear": lambda: nn.Linear(c, c, bias=bias),
+        "group_norm": lambda: nn.GroupNorm(2, c, affine=bias),
+        "layer_norm": lambda: nn.LayerNorm(c, bias=bias),
     }
     return makers[kind]() if kind in makers else nn.Identity()
 
@@ -112,6 +118,8 @@ class Block(nn.Module):
         self.other = layer("pointwise" if kind == "difference" else "none", rank, not bias)
         self.one, self.two = (norm(rank, 2) if kind in BRANCHES else nn.Identity() for _ in range(2))
         self.inner = nn.Sequential(*(Block(k, rank, b, []) for k, b in inner))
+        if kind in {"product", "einsum"}:
+            self.matrix = nn.Parameter(torch.randn(CHANNELS, CHANNELS) / 2)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kind in FREE | HARD:
@@ -150,6 +158,15 @@ class Block(nn.Module):
                 return y.add_(0.1)
             case "double_permute":
                 return x.transpose(1, -1).contiguous().transpose(1, -1)
+            case "product":  # over the channels, or over the axis behind them
+                return (x.movedim(1, -1) @ self.matrix).movedim(-1, 1) if self.rank == 3 else self.matrix @ x
+            case "einsum":
+                return torch.einsum(
+                    "bcl,cd->bdl" if self.rank == 3 else "dc,bchw->bdhw",
+                    *([x, self.matrix] if self.rank == 3 else [self.matrix, x]),
+                )
+            case "layer_norm":
+                return self.op(x.movedim(1, -1)).movedim(-1, 1)  # type: ignore[no-any-return]
             case "channels_last":
                 return self.op(x.movedim(1, -1)).movedim(-1, 1)  # type: ignore[no-any-return]
             case "concat":

@@ -177,9 +177,7 @@ class _Lifter:
             if not any(_is_read(v) for v in last.outputs if v not in made):
                 return replace(translated, outputs=tuple(made))
         everything = tuple(v for v in node.outputs if v.name)
-        if translated is not None and isinstance(
-            translated.op, ops.Norm
-        ):  # a BatchNorm in training is a site all the same
+        if translated is not None and isinstance(translated.op, ops.Norm):  # in training, too, a BatchNorm is a site
             return Translated(translated.op, outputs=everything)
         kind = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
         return Translated(ops.Opaque(kind), outputs=everything)

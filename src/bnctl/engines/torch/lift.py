@@ -277,7 +277,11 @@ class _Lifter(Operands):
                 return slot
             return replace(slot, obstacle=Obstacle("BN106", f"{slot.key} is also read by {elsewhere[slot.tensor]}"))
 
-        return tuple(replace(node, weight=seen(node.weight), bias=seen(node.bias)) for node in nodes)
+        slots = [(seen(node.weight), seen(node.bias)) for node in nodes]
+        return tuple(
+            node if (weight, bias) == (node.weight, node.bias) else replace(node, weight=weight, bias=bias)
+            for node, (weight, bias) in zip(nodes, slots, strict=True)
+        )
 
     def _values(self, nodes: list[Node]) -> dict[int, Value]:
         seen = observed(self.trace)
