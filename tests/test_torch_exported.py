@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -35,7 +36,8 @@ def symbolic():
     return torch.fx.symbolic_trace(plain())
 
 def nested():
-    model = nn.Sequential(nn.Identity(), fixed())
+    other = torch.export.export(nn.ReLU(), (torch.randn(2, 3, 8, 8),)).module()
+    model = nn.Sequential(other, fixed())
     for part in model.modules():
         part.training = False  # an exported graph has no train()
     return model
@@ -119,3 +121,13 @@ def test_a_script_module_is_not_exported(cli, nets: str, tmp_path: Path) -> None
     ended = cli("export", "nets_scripted:scripted", "--input", "2x3x8x8", "-o", "m.onnx")
     assert ended.code == 2
     assert "it is a ScriptModule" in ended.err and "static-batch" not in ended.err
+
+
+def test_data_in_batches_of_another_size_than_that_of_the_graph(cli, nets: str) -> None:
+    np.savez("data.npz", x=np.random.default_rng(0).standard_normal((5, 3, 8, 8)).astype(np.float32))
+    given = (f"{nets}:fixed", "-o", "bundle", "--data", "data.npz")
+    ended = cli("recalibrate", *given)
+    assert ended.code == 2
+    assert "--batch-size 2 makes such batches" in " ".join(ended.err.split())
+    assert cli("recalibrate", *given, "--batch-size", "2").code == 2
+    assert cli("recalibrate", *given, "--batch-size", "2", "--limit", "4").code == 0

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import bnctl
 from bnctl.engines.torch.copies import workable
 from bnctl.engines.torch.layers import LastAxisBatchNorm
-from bnctl.errors import ModelError
+from bnctl.errors import DataError, ModelError
 from bnctl.models.model import Model
 from bnctl.models.origin import Origin
 from nets_traps import FunctionalBN, Net, _fast, error, outputs, randomise  # noqa: F401
@@ -239,3 +239,12 @@ def test_a_model_that_writes_into_its_parameters_is_refused_before_that_is_done(
         with pytest.raises(ModelError, match="writes into its parameter calls"):
             surgery(model, torch.randn(2, 3, 8, 8))
     assert model.calls == 0
+
+
+def test_a_batch_that_does_not_run_is_named() -> None:
+    from bnctl.data.batches import Batch
+    from bnctl.engines.torch.calibrate import output_moments
+
+    batches = [Batch((torch.randn(2, 4),)), Batch((torch.randn(2, 5),))]
+    with pytest.raises(DataError, match="batch 1 does not run through the model: RuntimeError"):
+        output_moments(nn.Sequential(nn.Linear(4, 4)), {"0": -1}, batches)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,6 +56,25 @@ def _by_position(
     if set(kwargs) != set(names[len(args) :]):
         return args, kwargs
     return (*args, *(kwargs[name] for name in names[len(args) :])), {}
+
+
+def hint_of(error: Exception, otherwise: str) -> str:
+    """What to do about inputs that a module does not take: a graph of torch.export says for which batch size it was made."""
+    found = re.search(r"Guard failed: .*size\(\)\[0\] == (\d+)", str(error))
+    if found is None:
+        return otherwise
+    return (
+        f"the graph was exported for batches of {found[1]}: --batch-size {found[1]} makes such batches of the data (--limit leaves out a smaller last one), "
+        "or export it for any batch size"
+    )
+
+
+def does_not_run(number: int, error: Exception) -> DataError:
+    """What to say where a model fails on a batch of the data."""
+    hint = "check shape, dtype and preprocessing of the data against what the model's forward takes"
+    return DataError(
+        f"batch {number} does not run through the model: {type(error).__name__}: {error}", hint=hint_of(error, hint)
+    )
 
 
 def _from_array(array: np.ndarray[Any, Any]) -> torch.Tensor:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from bnctl.errors import ModelError, UsageError
-from bnctl.runtime.tensors import as_tensors
+from bnctl.runtime.tensors import as_tensors, hint_of
 from bnctl.runtime.trace import Trace
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ class TorchRunner:
             except Exception as error:  # whatever the user's code raises
                 raise ModelError(
                     f"{self._name} fails on inputs {_shapes(args, kwargs)}: {type(error).__name__}: {error}",
-                    hint="check the inputs that the model's forward takes (--input, --data)",
+                    hint=hint_of(error, "check the inputs that the model's forward takes (--input, --data)"),
                 ) from error
             return output
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from bnctl.engines.torch.recalibration.activations import activation_seen
-from bnctl.errors import DataError
+from bnctl.errors import BnctlError, DataError
 from bnctl.numerics.moments import Moments
-from bnctl.runtime.tensors import as_tensors
+from bnctl.runtime.tensors import as_tensors, does_not_run
 
 if TYPE_CHECKING:
     from bnctl.data.batches import Batch
@@ -26,7 +26,7 @@ def output_moments(model: nn.Module, axes: Mapping[str, int], batches: Iterable[
         batches: the data.
 
     Raises:
-        DataError: there are no data, or a layer's output is not finite.
+        DataError: there are no data, the model fails on a batch, or a layer's output is not finite.
     """
     gathered: dict[str, Moments] = {}
     number = 0
@@ -49,7 +49,12 @@ def output_moments(model: nn.Module, axes: Mapping[str, int], batches: Iterable[
         with torch.no_grad():
             for batch in batches:
                 args, kwargs = as_tensors(batch, model)
-                model(*args, **kwargs)
+                try:
+                    model(*args, **kwargs)
+                except BnctlError:
+                    raise
+                except Exception as error:
+                    raise does_not_run(number, error) from error
                 number += 1
     finally:
         for handle in handles:

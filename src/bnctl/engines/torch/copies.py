@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from bnctl.engines.torch.nested import tensors_in
-from bnctl.engines.torch.relayer import give_layers_back, has_layers_to_give, keep_hooks
+from bnctl.engines.torch.relayer import give_layers_back, is_exported, keep_hooks
 from bnctl.errors import ModelError
 
 
@@ -26,10 +26,12 @@ def workable(module: nn.Module, name: str) -> nn.Module:
 
 
 def editable(module: nn.Module) -> nn.Module:
-    """The module as surgery works on it: graphs of torch.export and torch.fx, and such among its parts, get their layers back. The argument is used up."""
+    """The module as surgery works on it: a graph of torch.export or torch.fx, and parts that torch.export made, get their layers back. The argument is used
+    up.
+    """
     if isinstance(module, fx.GraphModule):
         return give_layers_back(module)
-    graphs = [part for part in module.modules() if isinstance(part, fx.GraphModule) and has_layers_to_give(part)]
+    graphs = [part for part in module.modules() if isinstance(part, fx.GraphModule) and is_exported(part)]
     with_layers = {id(graph): give_layers_back(graph) for graph in graphs}
     for part in list(module.modules()):
         for name, child in part._modules.items():

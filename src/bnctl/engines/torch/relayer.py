@@ -39,9 +39,12 @@ def keep_hooks(graph_module: fx.GraphModule, twin: fx.GraphModule, memo: dict[in
         getattr(twin, name).update(kept)
 
 
-def has_layers_to_give(graph_module: fx.GraphModule) -> bool:
-    """Whether there is a functional call in the graph that a layer may stand for."""
-    return any(node.op == "call_function" and node.target in _BUILD for node in graph_module.graph.nodes)
+def is_exported(graph_module: fx.GraphModule) -> bool:
+    """Whether torch.export made the graph: layers are functional calls in it, and it refuses ``train()`` and ``eval()``."""
+    return any(
+        node.target == "_guards_fn" or (node.op == "call_function" and node.target in _BUILD)
+        for node in graph_module.graph.nodes
+    )
 
 
 def give_layers_back(graph_module: fx.GraphModule) -> fx.GraphModule:

@@ -28,7 +28,7 @@ from bnctl.recalibration.site import Site
 from bnctl.recalibration.statistics import discrepancy
 from bnctl.recalibration.until import part
 from bnctl.recalibration.workers import Workers
-from bnctl.runtime.tensors import as_tensors
+from bnctl.runtime.tensors import as_tensors, does_not_run
 
 if TYPE_CHECKING:
     from bnctl.recalibration.estimate import Statistics
@@ -218,10 +218,7 @@ class Workbench:
         except BnctlError:
             raise
         except Exception as error:
-            raise DataError(
-                f"batch {feed.index} does not run through the model: {type(error).__name__}: {error}",
-                hint="check shape, dtype and preprocessing of the data against what the model's forward takes",
-            ) from error
+            raise does_not_run(feed.index, error) from error
 
     def stored(self, site: Site) -> Statistics:
         """Mean and variance as the working copy holds them now."""
