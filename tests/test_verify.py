@@ -452,7 +452,7 @@ class TestVariations:
 
     @pytest.mark.parametrize("make", [np.array, torch.tensor])
     def test_indices_are_drawn_from_ranges_from_wide_to_narrow(self, make):
-        batch = Batch((make([[0, 1, 1], [1, 0, 1]]), make([2, 3])), {"x": make([[0.5]])})
+        batch = Batch((make([[0, 1, 1, 0, 0], [1, 0, 1, 1, 0]]), make([2, 3])), {"x": make([[0.5]])})
         largest = [int(other.args[0].max()) for other in other_integers(batch)]
         assert largest == sorted(largest, reverse=True)
         assert largest[0] > 1000 and largest[-1] == 2
@@ -461,7 +461,7 @@ class TestVariations:
             assert other.args[1].tolist() == [2, 3]  # may be sizes
         images = Batch((np.zeros((2, 4, 4, 3), np.uint8),))
         assert 128 < other_integers(images)[0].args[0].max() < 256
-        assert other_integers(Batch((np.zeros((2, 3), np.float32), np.arange(3)))) == []
+        assert other_integers(Batch((np.zeros((2, 9), np.float32), np.arange(9), np.ones((2, 4), np.int64)))) == []
 
     def test_a_single_integer_counts_as_a_number(self):
         for one in (np.array(1), np.array([1]), torch.tensor(1)):

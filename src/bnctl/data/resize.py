@@ -96,15 +96,16 @@ _RANGES = (30_000, 1_000, 100, 10, 3)
 def other_integers(batch: Batch) -> list[Batch]:
     """The batch with integers of a wider range in all arrays of two axes or more, from the widest range to the narrowest; none without such arrays.
 
-    They are indices, most often: into the rows of a table that has as many as its model says, which raises where there are fewer. Those of fewer axes may be
-    sizes, and are left.
+    They are indices, most often: into the rows of a table that has as many as its model says, which raises where there are fewer. Those of fewer axes, and
+    up to four of a sample, may be sizes (of an image, of a box), and are left.
     """
     given = [leaf for leaf in leaves(batch) if _has_indices(leaf)]
     return [_mapped(batch, partial(_drawn, end=end)) for end in _RANGES] if given else []
 
 
 def _has_indices(value: Any) -> bool:
-    return _is_array(value) and _kind(value) in {"i", "u"} and value.ndim > 1
+    several = _is_array(value) and (value.ndim > 2 or (value.ndim == 2 and value.shape[1] > 4))
+    return bool(several and _kind(value) in {"i", "u"})
 
 
 def _drawn(value: Any, end: int) -> Any:
