@@ -177,6 +177,9 @@ def test_json_and_another_format_at_once_are_refused(cli):
     ended = cli("inspect", ONNX_BN, "--json", "--format", "markdown")
     assert ended.code == 2
     assert "contradict" in ended.err
+    Path("bnctl.toml").write_text('json = true\nformat = "junit"\n')
+    assert cli("inspect", ONNX_BN).code == 2
+    assert cli("inspect", ONNX_BN, "--format", "markdown").out.startswith("### bnctl inspect")
 
 
 @pytest.mark.parametrize("seed", ["-1", "99999999999999999999999"])

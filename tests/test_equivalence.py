@@ -17,6 +17,7 @@ from bnctl.errors import EquivalenceError
 from bnctl.models.model import Model
 from bnctl.runtime.torch import TorchRunner
 from bnctl.verification import compare_runners
+from nets_traps import randomise
 
 
 class Net(nn.Module):
@@ -201,3 +202,44 @@ def test_other_sizes_and_values_are_tried(size: int, monkeypatch: pytest.MonkeyP
     assert {len(given) for given in other} == {2 if size == 1 else 1}
     assert len({round(float(given.sum()), 4) for given in other}) == 2
     assert any(given.shape[2] != x.shape[2] for given in seen)
+
+
+class Packed(nn.Module):
+    """A packed LSTM of one sample does not look at the size of its input, and reads what lies behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.linear, self.bn = nn.LSTM(4, 8, batch_first=True), nn.Linear(8, 8), nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        last: Tensor = self.lstm(packed)[1][0][-1]
+        return self.bn(self.linear(last))  # type: ignore[no-any-return]
+
+
+def test_sizes_that_the_baseline_only_seems_to_take_are_no_fault() -> None:
+    model = randomise(Packed())
+    for _ in range(3):
+        result = bnctl.fold(model, (torch.randn(8, 6, 4), torch.tensor([6, 5, 4, 3, 2, 1, 6, 6])))
+        assert [site.action for site in result.report.sites] == ["folded"]
+
+
+def test_a_fault_on_other_sizes_still_shows_where_there_is_no_float64() -> None:
+    class Sized(nn.Module):
+        def __init__(self, factor: float) -> None:
+            super().__init__()
+            self.factor, self.linear = factor, nn.Linear(4, 4)
+            nn.init.eye_(self.linear.weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert x.dtype == torch.float32
+            return self.linear(x) * (self.factor if x.shape[1] != 5 else 1.0)  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    baseline = Sized(1.0)
+    candidate = copy.deepcopy(baseline)
+    candidate.factor = 2.0
+    one, other = Batch((torch.randn(2, 5, 4),)), Batch((torch.randn(2, 6, 4),))
+    runners = TorchRunner(baseline), TorchRunner(candidate)
+    assert compare_runners(*runners, [one]).passed
+    assert not compare_runners(*runners, [one], where_taken=[[other]]).passed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor, fx, nn
 
 import bnctl
 from bnctl.engines.torch.export import exported_axes
+from bnctl.errors import ModelError
 from nets_traps import error, outputs, randomise
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*treespec.*:FutureWarning")
@@ -131,3 +133,53 @@ def test_data_in_batches_of_another_size_than_that_of_the_graph(cli, nets: str) 
     assert "--batch-size 2 makes such batches" in " ".join(ended.err.split())
     assert cli("recalibrate", *given, "--batch-size", "2").code == 2
     assert cli("recalibrate", *given, "--batch-size", "2", "--limit", "4").code == 0
+
+
+def test_hooks_of_a_graph_are_not_left_out_of_what_is_exported(nets: str, tmp_path: Path) -> None:
+    model = fx.symbolic_trace(randomise(Scaled()))
+    model.register_forward_hook(lambda module, args, output: output * 2)
+    x = torch.randn(2, 3, 8, 8)
+    result = bnctl.fold(model, x)
+    for name in ("m.pt2", "m.onnx"):
+        with pytest.raises(ModelError, match="would leave out the hooks"):
+            result.save(tmp_path / name, inputs=x)
+        assert not (tmp_path / name).exists()
+
+
+def test_a_copy_that_loses_something_excuses_nothing() -> None:
+    model = fx.symbolic_trace(randomise(Scaled()))
+    model.factor = 2.0  # which copies of graphs lose
+    model.register_forward_hook(lambda module, args, output: output * getattr(module, "factor", 1.0))
+    with pytest.raises(ModelError, match="a copy of .* computes something else"):
+        bnctl.fold(model, torch.randn(2, 3, 8, 8))
+    assert not bnctl.verify(model, copy.deepcopy(model), [torch.randn(2, 3, 8, 8)]).passed
+
+
+@pytest.mark.parametrize("root", [True, False])
+def test_a_graph_with_a_forward_of_its_own_keeps_it(root: bool) -> None:
+    graph = exported(randomise(Scaled()))
+    inner = graph.forward
+    graph.forward = lambda x: inner(x) * 2
+    model = graph if root else nn.Sequential(nn.Identity(), graph)
+    x = torch.randn(2, 3, 8, 8)
+    before = outputs(graph, x)
+    result = bnctl.fold(model, x)
+    assert error(before, outputs(result.model, x)) < 1e-5
+
+
+def test_a_graph_that_is_called_by_another_way_is_folded() -> None:
+    class Holder(nn.Module):
+        def __init__(self, graph: nn.Module) -> None:
+            super().__init__()
+            self.graph = graph
+            self.hidden = [graph]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.hidden[0](x).relu()  # type: ignore[no-any-return]
+
+    model = Holder(exported(randomise(Scaled())))
+    x = torch.randn(2, 3, 8, 8)
+    before = model(x)
+    result = bnctl.fold(model, x)
+    assert [site.action for site in result.report.sites] == ["folded"]
+    assert error((before.detach(),), (result.model(x).detach(),)) < 1e-5

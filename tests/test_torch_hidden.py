@@ -109,3 +109,46 @@ def test_a_computed_weight_that_is_read_elsewhere_is_left(read: str) -> None:
 def test_a_computed_weight_that_only_its_layer_reads_is_folded() -> None:
     model = randomise(Normed("not at all"))
     assert [site.action for site in bnctl.fold(model, torch.randn(5, 6)).report.sites] == ["folded"]
+
+
+class Returned(nn.Module):
+    """Hands out a parameter that a fold would change."""
+
+    def __init__(self, which: str) -> None:
+        super().__init__()
+        self.which = which
+        self.norm, self.linear, self.bn = nn.LayerNorm(5), nn.Linear(5, 5), nn.BatchNorm1d(5)
+        self.matrix = nn.Parameter(torch.randn(5, 5))
+
+    def forward(self, x: Tensor) -> Any:
+        match self.which:
+            case "norm":
+                return self.bn(self.norm(x)).relu(), self.norm.weight
+            case "linear":
+                return self.bn(self.linear(x)).relu(), self.linear.weight
+            case _:
+                return self.bn(x @ self.matrix).relu(), {"matrix": self.matrix}
+
+
+@pytest.mark.parametrize(("which", "code"), [("norm", "BN103"), ("linear", "BN106"), ("matrix", "BN106")])
+def test_a_parameter_that_the_model_returns_keeps_its_values(which: str, code: str) -> None:
+    model = randomise(Returned(which)).requires_grad_(False)
+    x = torch.randn(4, 5)
+    before = outputs(model, x)
+    result = bnctl.fold(model, x)
+    assert [(site.action, site.code) for site in result.report.sites] == [("left", code)]
+    assert error(before, outputs(result.model, x)) == 0
+
+
+def test_a_norm_whose_scale_and_shift_are_one_parameter_takes_nothing_in() -> None:
+    class One(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.bn = nn.LayerNorm(5), nn.BatchNorm1d(5)
+            self.norm.bias = self.norm.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(self.norm(x)).relu()  # type: ignore[no-any-return]
+
+    result = bnctl.fold(randomise(One()), torch.randn(4, 5))
+    assert [site.code for site in result.report.sites] == ["BN103"]

@@ -151,7 +151,11 @@ def compare_runners(
         if len(expected) != len(actual):
             return outcome(f"the candidate has {len(actual)} outputs, the baseline {len(expected)}")
         noise_of = cache(lambda batch=batch, expected=expected: rounding_noise(baseline, batch, expected))
+        so_far = replace(progress, checks=dict(progress.checks))
         progress.add(batch, expected, actual, noise_of, required)
+        if progress.failed_on is batch and not required and not _is_steady(baseline, batch, expected, example, limit):
+            progress = so_far
+            continue
         if names:
             inner.add(baseline, batch, before, after)
         del before, after  # they are large, and would be held while the next batch runs
@@ -182,6 +186,30 @@ def _first_taken(
             if not left:
                 raise
     raise AssertionError("there is an alternative")
+
+
+def _is_steady(baseline: Runner, batch: Batch, expected: Outputs, example: Batch, limit: float) -> bool:
+    """Whether the baseline gives the same outputs on a varied batch again, and its float64 self takes the batch, too, where it takes the given one. Some
+    kernels do not look at the sizes of their inputs, and read what lies behind them.
+    """
+    try:
+        again = baseline.run(batch)
+    except ModelError:
+        return False
+    if not all(compare(a, b).within(limit) for _, a, b in _pairs(expected, again)):
+        return False
+    reference = baseline.in_float64()
+    if reference is None or not _takes(reference, example):  # it asks for a float type by name
+        return True
+    return _takes(reference, batch)
+
+
+def _takes(runner: Runner, batch: Batch) -> bool:
+    try:
+        runner.run(batch)
+    except ModelError:
+        return False
+    return True
 
 
 def _pairs(a: Outputs, b: Outputs) -> list[tuple[str, NDArray[Any], NDArray[Any]]]:

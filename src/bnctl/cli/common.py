@@ -82,8 +82,10 @@ def _form(context: typer.Context, *, as_json: bool, form: Format) -> Format:
     by_json, by_format = (
         _SOURCES.get(getattr(context.get_parameter_source(name), "name", ""), 0) for name in ("json", "format")
     )
-    if by_json == by_format == _SOURCES["COMMANDLINE"]:
-        raise UsageError(f"--json and --format {form} contradict each other", hint="leave one of them out")
+    if by_json == by_format:
+        raise UsageError(
+            f"--json and --format {form} contradict each other", hint="leave one of them out (or its setting)"
+        )
     return form if by_format > by_json else Format.JSON
 
 

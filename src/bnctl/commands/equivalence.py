@@ -9,7 +9,7 @@ from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, Literal
 
 from bnctl.data.resize import other_choices, other_integers, other_shapes, other_values, resized
-from bnctl.errors import BnctlError, EquivalenceError
+from bnctl.errors import BnctlError, EquivalenceError, ModelError
 from bnctl.runtime import Runner, open_runner
 from bnctl.runtime.ahead import Ahead
 from bnctl.verification import VARIED, Verification, compare_layers, compare_runners
@@ -133,6 +133,25 @@ def keeping(model: Model) -> AbstractContextManager[object]:
     both.enter_context(torch.random.fork_rng(devices=[]))
     both.enter_context(keeping_state(native))
     return both
+
+
+def check_copy(model: Model, example: Batch, device: str) -> None:
+    """See whether a mere copy of a model computes the same: surgery works on one.
+
+    Raises:
+        ModelError: it does not.
+    """
+    with keeping(model):
+        runner = _opened(model, device)
+        twin = runner.perturbed(0.0)
+        if twin is None:
+            return
+        verification = compare_runners(runner, twin, [example], locate=False)
+    if not verification.passed and not verification.inconclusive:
+        raise ModelError(
+            f"a copy of {model.word} computes something else ({verification.reason}): it loses something on the way, before any surgery",
+            hint="see to it that copy.deepcopy keeps all that its forward uses (__deepcopy__, __getstate__, attributes of a torch.fx graph)",
+        )
 
 
 def require(verification: Verification, command: str, word: str, culprits: Sequence[str] = ()) -> None:

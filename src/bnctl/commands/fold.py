@@ -44,11 +44,11 @@ def fold_model(
     """Fold every affine that can be folded exactly.
 
     Raises:
-        ModelError: the model cannot be captured.
+        ModelError: the model cannot be captured, or a copy of it is another model.
         EquivalenceError: the folded model does not compute the same.
         OverflowInFoldError: folded weights do not fit their dtype.
     """
-    from bnctl.commands.equivalence import baseline_ahead, require
+    from bnctl.commands.equivalence import baseline_ahead, check_copy, require
 
     started = time.perf_counter()
     selection, options = selection or Selection(), options or FoldOptions()
@@ -63,6 +63,8 @@ def fold_model(
             verification = _compared(model, rounds, example, tolerance, device, baseline)
             if not verification.passed:
                 found = not verification.inconclusive
+                if found:
+                    check_copy(model, example, device)
                 culprits = _culprits(model, rounds, example, options, tolerance, device) if found else ()
                 require(verification, "fold", model.word, culprits)
             report = replace(report, verification=verification.to_dict())

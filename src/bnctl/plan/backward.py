@@ -280,6 +280,8 @@ def _into_norm(op: ops.Affine | ops.Norm, node: Node, m: AffineMap) -> Absorb | 
     gamma, beta = node.weight, node.bias
     if gamma is None or beta is None or gamma.obstacle or beta.obstacle or len(gamma.shape or ()) != 1:
         return None
+    if gamma.tensor and gamma.tensor == beta.tensor:
+        return None
     vectors = m.vectors(op.axis % m.rank, (gamma.shape or (0,))[0])
     return None if vectors is None else Absorb("output", *vectors)
 

@@ -55,6 +55,11 @@ def rounding_noise(
         _raise(noise, values, run(runner, _shaken(runner, batch, seed)))
     wide = _run(runner.in_float64(), batch, run)
     moved = _raise(dict.fromkeys(values, 0.0), values, wide)
+    if any(
+        moved[name] > noise[name] for name in values
+    ):  # copies may have lost something, and would be another function
+        same = _raise(dict.fromkeys(values, 0.0), values, _run(runner.perturbed(0.0), batch, run))
+        moved = {name: error if same[name] <= noise[name] else 0.0 for name, error in moved.items()}
     if any(DROWNED * float(np.max(np.abs(values[n]), initial=0.0)) < moved[n] < math.inf for n in values):
         bound = _raise(dict(noise), values, _run(runner.perturbed(_step(runner)), batch, run))
         moved = {name: error for name, error in moved.items() if error <= DISPROPORTION * bound[name]}

@@ -30,9 +30,12 @@ def editable(module: nn.Module) -> nn.Module:
     up.
     """
     if isinstance(module, fx.GraphModule):
-        return give_layers_back(module)
+        return module if "forward" in vars(module) else give_layers_back(module)
     graphs = [part for part in module.modules() if isinstance(part, fx.GraphModule) and is_exported(part)]
-    with_layers = {id(graph): give_layers_back(graph) for graph in graphs}
+    with_layers = {id(graph): give_layers_back(graph) for graph in graphs if "forward" not in vars(graph)}
+    for graph in graphs:
+        if id(graph) in with_layers:
+            graph.forward = with_layers[id(graph)].forward  # for code that calls it by another way than the module tree
     for part in list(module.modules()):
         for name, child in part._modules.items():
             if id(child) in with_layers:
@@ -61,6 +64,8 @@ def copied(module: nn.Module, name: str, shared: Iterable[torch.Tensor] = ()) ->
             for part in module.modules():
                 if isinstance(part, fx.GraphModule):
                     keep_hooks(part, memo[id(part)], memo)
+                    if "forward" in vars(part):
+                        memo[id(part)].forward = copy.deepcopy(vars(part)["forward"], memo)
     except Exception as error:
         raise ModelError(
             f"{name} cannot be copied: {type(error).__name__}: {error}",

@@ -49,6 +49,10 @@ def to_program(
         raise ModelError(
             f"torch.export cannot capture {name}: it is a ScriptModule", hint="export the module that was scripted"
         )
+    if isinstance(module, fx.GraphModule) and (module._forward_hooks or module._forward_pre_hooks):
+        raise ModelError(
+            f"torch.export would leave out the hooks of {name}, which is a graph", hint="write a bundle (-o folder/)"
+        )
     args, kwargs = as_tensors(batch, module)
     with evaluating(module), torch.no_grad(), quiet():
         try:
