@@ -150,7 +150,7 @@ def test_a_copy_that_loses_something_excuses_nothing() -> None:
     model = fx.symbolic_trace(randomise(Scaled()))
     model.factor = 2.0  # which copies of graphs lose
     model.register_forward_hook(lambda module, args, output: output * getattr(module, "factor", 1.0))
-    with pytest.raises(ModelError, match="a copy of .* computes something else"):
+    with pytest.raises(ModelError, match=r"a copy of .* computes something else"):
         bnctl.fold(model, torch.randn(2, 3, 8, 8))
     assert not bnctl.verify(model, copy.deepcopy(model), [torch.randn(2, 3, 8, 8)]).passed
 

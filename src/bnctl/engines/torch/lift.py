@@ -265,8 +265,8 @@ class _Lifter(Operands):
     def _with_other_reads(self, nodes: list[Node]) -> tuple[Node, ...]:
         """The nodes, with an obstacle in the slots of parameters that somebody reads otherwise than through a slot: they must keep their values."""
         through = {node.id: {slot.tensor for slot in (node.weight, node.bias) if slot is not None} for node in nodes}
-        returned = (self.trace.parameters.get(value, ("",)) for value in self.trace.outputs)
-        elsewhere = {names[0]: "whoever calls the model, which returns it" for names in returned}
+        returned = (self.trace.parameters.get(value) for value in self.trace.outputs)
+        elsewhere = {names[0]: "whoever calls the model, which returns it" for names in returned if names}
         for place, call in enumerate(self.trace.ops):
             for value in call.inputs:
                 names = self.trace.parameters.get(value)
