@@ -258,6 +258,9 @@ def test_ctrl_c_ends_a_bench_and_its_workers(tmp_path):
     assert bench.returncode == ExitCode.INTERRUPTED
     assert "Traceback" not in err
     assert json.loads(out)["error"]["message"] == "interrupted"
+    ends = time.monotonic() + 20
+    while Path(f"/proc/{worker}").exists() and time.monotonic() < ends:
+        time.sleep(0.05)  # it got the signal, too, and may be the last to end
     assert not Path(f"/proc/{worker}").exists()
     assert not list(tmp_path.glob("bnctl-*")), "temporary files are left"
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bnctl
@@ -243,3 +244,105 @@ def test_a_fault_on_other_sizes_still_shows_where_there_is_no_float64() -> None:
     runners = TorchRunner(baseline), TorchRunner(candidate)
     assert compare_runners(*runners, [one]).passed
     assert not compare_runners(*runners, [one], where_taken=[[other]]).passed
+
+
+def as_model(native: nn.Module) -> Model:
+    return Model("torch", native.eval(), "the model")
+
+
+@pytest.mark.parametrize("function", [torch.log, torch.asin])
+def test_another_batch_size_is_tried_where_other_values_are_too_much(function: Callable[[Tensor], Tensor]) -> None:
+    class Shaped(nn.Module):
+        def __init__(self, rows: int) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.linear, self.rows = nn.Linear(8, 4), rows
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(function(x)).reshape(self.rows, 4)  # type: ignore[no-any-return]
+
+    example = Batch((torch.rand(2, 8) * 0.2 + 0.7,))
+    assert check_equivalence(as_model(Shaped(-1)), as_model(Shaped(-1)), example).varied
+    assert not check_equivalence(as_model(Shaped(-1)), as_model(Shaped(2)), example).passed
+
+
+def test_a_complaint_of_types_in_float64_drops_no_fault() -> None:
+    class Grid(nn.Module):
+        def __init__(self, factor: float) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv, self.factor = nn.Conv2d(3, 3, 1), factor
+            self.register_buffer("grid", self.made(8))
+
+        def made(self, size: int) -> Tensor:
+            axis = torch.linspace(-1, 1, size)
+            return torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1)[None]
+
+        def forward(self, x: Tensor) -> Tensor:
+            known = x.shape[-1] == 8 == x.shape[-2]
+            if not known and x.shape[-1] != x.shape[-2]:
+                raise ValueError("no square")
+            grid = self.grid if known else self.made(x.shape[-1])
+            y = F.grid_sample(self.conv(x), grid.expand(len(x), -1, -1, -1), align_corners=True)
+            return y if known else y * self.factor
+
+    example = Batch((torch.randn(2, 3, 8, 8),))
+    assert check_equivalence(as_model(Grid(1.0)), as_model(Grid(1.0)), example).passed
+    assert not check_equivalence(as_model(Grid(1.0)), as_model(Grid(2.0)), example).passed
+
+
+class Fields(dict):  # type: ignore[type-arg]
+    """As the inputs of language models often come: items are attributes, too."""
+
+    def __getattr__(self, name: str) -> object:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+def test_inputs_of_a_mapping_class_of_the_users_are_varied_as_such() -> None:
+    class Reads(nn.Module):
+        def __init__(self, factor: float) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.linear, self.factor = nn.Linear(4, 4), factor
+
+        def forward(self, fields: Fields) -> Tensor:
+            y: Tensor = self.linear(fields.x)
+            return y * self.factor if len(y) == 1 else y
+
+    example = Batch((Fields(x=torch.randn(2, 4)),))
+    assert check_equivalence(as_model(Reads(1.0)), as_model(Reads(1.0)), example).varied
+    assert not check_equivalence(as_model(Reads(1.0)), as_model(Reads(2.0)), example).passed
+
+
+def test_complex_inputs_are_varied_in_value() -> None:
+    class Wave(nn.Module):
+        def __init__(self, factor: float) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.linear, self.factor = nn.Linear(8, 4), factor
+
+        def forward(self, z: Tensor) -> Tensor:
+            y: Tensor = self.linear(torch.view_as_real(z).flatten(1))
+            return y * (self.factor if float(z.real.mean()) > 1 else 1.0)
+
+    example = Batch((torch.randn(2, 4, dtype=torch.complex64),))
+    assert not check_equivalence(as_model(Wave(1.0)), as_model(Wave(2.0)), example).passed
+
+
+def test_tensors_in_objects_of_other_classes_are_compared() -> None:
+    class Distribution(nn.Module):
+        def __init__(self, more: float) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.linear, self.more = nn.Linear(4, 4), more
+
+        def forward(self, x: Tensor) -> tuple[Tensor, torch.distributions.Normal]:
+            y = self.linear(x)
+            return y, torch.distributions.Normal(y + self.more, 1.0)
+
+    example = Batch((torch.randn(2, 4),))
+    assert check_equivalence(as_model(Distribution(0.0)), as_model(Distribution(0.0)), example).passed
+    assert not check_equivalence(as_model(Distribution(0.0)), as_model(Distribution(5.0)), example).passed

@@ -248,3 +248,35 @@ def test_a_batch_that_does_not_run_is_named() -> None:
     batches = [Batch((torch.randn(2, 4),)), Batch((torch.randn(2, 5),))]
     with pytest.raises(DataError, match="batch 1 does not run through the model: RuntimeError"):
         output_moments(nn.Sequential(nn.Linear(4, 4)), {"0": -1}, batches)
+
+
+class WithNorm(nn.Linear):
+    """A layer that has something called norm already."""
+
+    def __init__(self, own: Any) -> None:
+        super().__init__(5, 8)
+        self.norm = own
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y if self.norm is None else self.norm(y)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("own", [None, nn.Identity(), nn.Dropout(0.5)])
+def test_a_layer_with_a_norm_of_its_own_keeps_it(own: Any) -> None:
+    model = nn.Sequential(WithNorm(own), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    result = bnctl.insert(model, [torch.randn(6, 5)])
+    found = {site.name: (site.action, site.code) for site in result.report.sites}
+    assert found["0"] == ("left", "BN206")
+    assert found["2"] == ("inserted", None)
+    assert type(result.model[0].norm) is type(own)
+
+
+def test_a_traced_graph_keeps_its_modes() -> None:
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(8, 4, 1)).train()
+    graph = torch.fx.symbolic_trace(plain)
+    graph.get_submodule("2").eval()
+    data = [torch.randn(4, 3, 12, 12)]
+    result = bnctl.insert(graph, data).model
+    assert result.training and result.get_submodule("0").training
+    assert not result.get_submodule("2").training

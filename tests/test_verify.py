@@ -133,6 +133,9 @@ class Fixed:
     def perturbed(self, step: float) -> None:
         return None
 
+    def snapshot(self):
+        return lambda: None
+
     def in_float64(self) -> None:
         return None
 

@@ -15,9 +15,10 @@ output proves nothing, and the layers before it must agree instead.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ from bnctl.errors import InputError, ModelError, UsageError
 from bnctl.numerics.compare import ArrayError, Flips, compare, count_flips
 from bnctl.numerics.compare import tolerance as tolerance_of
 from bnctl.outcome import NO_EVIDENCE, OutputCheck, Verification
-from bnctl.runtime.noise import DROWNED, NOISE_ULPS, rounding_noise
+from bnctl.runtime.noise import DROWNED, NOISE_ULPS, Noise, difference, rounding_noise
 from bnctl.runtime.trace import Divergence, first_divergence, last_layers
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class _Progress:
         batch: Batch,
         baseline: Outputs,
         candidate: Outputs,
-        noise_of: Callable[[], Mapping[str, float]],
+        noise_of: Callable[[], Mapping[str, Noise]],
         required: bool,
     ) -> None:
         if required:
@@ -77,15 +78,23 @@ class _Progress:
             error = compare(a, b)
             equal, noise, drowned = error.within(0.0 if whole else self.limit), None, False
             if not equal and (a.shape != b.shape or error.mismatch is None):
-                noise = noise_of()[name]
-                equal = error.max_abs <= NOISE_FACTOR * noise
-                drowned = required and equal and error.max_rel > DROWNED
+                found = noise_of()[name]
+                equal, noise = _is_rounding(a, b, found), found.moved
+                size = difference(a, b) if whole and a.shape == b.shape else error.max_rel
+                drowned = required and equal and size > DROWNED
             self.checks[name] = self.checks.get(name, OutputCheck(name)).with_batch(error, equal, noise, drowned)
             if self.failed_on is None and not equal:
                 self.failed_on, self.failed_varied = batch, not required
             flips = count_flips(a, b, self.limit) if required else None
             if flips is not None:
                 self.flips = (self.flips or Flips()) + flips
+
+
+def _is_rounding(baseline: NDArray[Any], candidate: NDArray[Any], noise: Noise) -> bool:
+    """Whether two arrays differ by no more than rounding could have made of the first. Where that always has another shape, nothing can be said of values."""
+    if baseline.shape != candidate.shape or (noise.reshaped and not noise.compared):
+        return noise.reshaped
+    return difference(baseline, candidate) <= NOISE_FACTOR * noise.moved
 
 
 def compare_runners(
@@ -133,31 +142,26 @@ def compare_runners(
 
     by_design: set[str] = set()  # outputs that hold NaN or infinity on the given inputs, such as masked scores
     for ways, required in chain((([b], True) for b in batches), ((ways, False) for ways in where_taken)):
-        try:
-            batch, names, expected, before = _first_taken(baseline, ways, inner)
-        except InputError:
-            if required:
-                raise
+        taken = _first_taken(baseline, ways, inner, None if required else by_design)
+        if taken is None:
             continue
-        infinite = {n for n, value in expected.items() if value.dtype.kind == "f" and not np.isfinite(value).all()}
+        batch, names, expected, before, restore = taken
         if required:
-            example, by_design = batch, by_design | infinite
-        elif infinite - by_design:
-            continue  # these inputs are too much for the baseline
+            example, by_design = batch, by_design | _infinite(expected)
         try:
             actual, after = candidate.observe(batch, names)
         except ModelError as error:
             return outcome(f"the candidate fails on inputs that the baseline takes: {error}")
         if len(expected) != len(actual):
             return outcome(f"the candidate has {len(actual)} outputs, the baseline {len(expected)}")
-        noise_of = cache(lambda batch=batch, expected=expected: rounding_noise(baseline, batch, expected))
+        noise_of = cache(partial(rounding_noise, baseline, batch, expected, restore=restore))
         so_far = replace(progress, checks=dict(progress.checks))
         progress.add(batch, expected, actual, noise_of, required)
-        if progress.failed_on is batch and not required and not _is_steady(baseline, batch, expected, example, limit):
+        if progress.failed_on is batch and not required and not _is_steady(baseline, batch, expected, restore, limit):
             progress = so_far
             continue
         if names:
-            inner.add(baseline, batch, before, after)
+            inner.add(baseline, batch, before, after, restore)
         del before, after  # they are large, and would be held while the next batch runs
     reason = _reason(progress)
     drowned = any(check.drowned for check in progress.checks.values())
@@ -170,45 +174,66 @@ def compare_runners(
     return outcome(reason, *_locate(baseline, candidate, progress.failed_on, limit))
 
 
-def _first_taken(
-    baseline: Runner, ways: Sequence[Batch], inner: _Inner
-) -> tuple[Batch, Collection[str], dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
-    """The first of some batches that the baseline takes, the layers to look at in it, its outputs, and theirs.
+_Taken = tuple["Batch", Collection[str], dict[str, NDArray[Any]], dict[str, NDArray[Any]], Callable[[], None]]
+
+
+def _first_taken(baseline: Runner, ways: Sequence[Batch], inner: _Inner, by_design: set[str] | None) -> _Taken | None:
+    """The first of some batches that the baseline takes, the layers to look at in it, its outputs, theirs, and what puts the baseline into the state of before;
+    None where it takes none of them, and need not. What it does not take leaves no trace.
+
+    Args:
+        baseline: the model.
+        ways: the batches.
+        inner: says which layers.
+        by_design: the outputs that may hold NaN or infinity: inputs that make others do so are too much for the model. None: the batch is given, and must be
+            taken as it is.
 
     Raises:
-        ModelError: it takes none.
+        ModelError: it does not take a batch that is given.
     """
-    for left, batch in zip(range(len(ways) - 1, -1, -1), ways, strict=True):
-        names = inner.wanted(batch)
+    for batch in ways:
+        names, restore = inner.wanted(batch), baseline.snapshot()
         try:
-            return batch, names, *baseline.observe(batch, names)
+            expected, before = baseline.observe(batch, names)
         except InputError:
-            if not left:
+            if by_design is None:
                 raise
-    raise AssertionError("there is an alternative")
+        else:
+            if by_design is None or _infinite(expected) <= by_design:
+                return batch, names, expected, before, restore
+        restore()
+    return None
 
 
-def _is_steady(baseline: Runner, batch: Batch, expected: Outputs, example: Batch, limit: float) -> bool:
-    """Whether the baseline gives the same outputs on a varied batch again, and its float64 self takes the batch, too, where it takes the given one. Some
-    kernels do not look at the sizes of their inputs, and read what lies behind them.
+def _infinite(outputs: Outputs) -> set[str]:
+    """The outputs that hold NaN or infinity."""
+    return {name for name, value in outputs.items() if value.dtype.kind == "f" and not np.isfinite(value).all()}
+
+
+def _is_steady(baseline: Runner, batch: Batch, expected: Outputs, restore: Callable[[], None], limit: float) -> bool:
+    """Whether the baseline gives the same outputs on a varied batch again, and its float64 self does not complain of sizes. Some kernels do not look at the
+    sizes of their inputs, and read what lies behind them.
     """
+    now = baseline.snapshot()
     try:
+        restore()
         again = baseline.run(batch)
     except ModelError:
         return False
+    finally:
+        now()
     if not all(compare(a, b).within(limit) for _, a, b in _pairs(expected, again)):
         return False
     reference = baseline.in_float64()
-    if reference is None or not _takes(reference, example):  # it asks for a float type by name
+    if reference is None:
         return True
-    return _takes(reference, batch)
-
-
-def _takes(runner: Runner, batch: Batch) -> bool:
     try:
-        runner.run(batch)
-    except ModelError:
-        return False
+        reference.run(batch)
+    except ModelError as error:  # of a type that it asks for, it may complain, too
+        return (
+            re.search(r"\b(shapes?|sizes?)\b", str(error)) is None
+            or re.search(r"\b(d?types?|Double|double)\b", str(error)) is not None
+        )
     return True
 
 
@@ -248,14 +273,14 @@ class _Inner:
     def wanted(self, batch: Batch) -> Collection[str]:
         return self.names if batch.size == 1 and not self.errors else ()
 
-    def add(self, baseline: Runner, batch: Batch, before: Outputs, after: Outputs) -> None:
+    def add(self, baseline: Runner, batch: Batch, before: Outputs, after: Outputs, restore: Callable[[], None]) -> None:
         limit = LAYER_FACTOR * self.limit
         self.errors = {name: compare(before[name], after[name]) for name in before if name in after}
         beyond = {name: before[name] for name, error in self.errors.items() if not error.within(limit)}
-        noise = rounding_noise(baseline, batch, beyond, layers=True) if beyond else {}
+        noise = rounding_noise(baseline, batch, beyond, layers=True, restore=restore) if beyond else {}
         for name in beyond:
             error = self.errors[name]
-            if error.mismatch is not None or error.max_abs > NOISE_FACTOR * noise[name]:
+            if error.mismatch is not None or not _is_rounding(before[name], after[name], noise[name]):
                 self.first = Divergence(name, error.max_abs, error.max_rel, error.mismatch)
                 return
 
@@ -291,12 +316,13 @@ def compare_layers(
     """
     if not verification.passed or not names or baseline.kind != candidate.kind:
         return verification
+    restore = baseline.snapshot()
     try:
         (_, before), (_, after) = (runner.observe(batch, names) for runner in (baseline, candidate))
     except ModelError:  # made for one batch size
         return verification
     inner = _Inner(names, verification.tolerance)
-    inner.add(baseline, batch, before, after)
+    inner.add(baseline, batch, before, after, restore)
     return inner.judge(verification)
 
 

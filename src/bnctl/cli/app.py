@@ -73,7 +73,7 @@ def insert(
     output: options.Output = None,
     where: options.Where = None,
     skip: options.Skip = None,
-    eps: Annotated[float, typer.Option("--eps", min=1e-12, help="of the inserted layers")] = 1e-5,
+    eps: Annotated[float, typer.Option("--eps", min=1e-12, max=1.0, help="of the inserted layers")] = 1e-5,
     tolerance: options.Tolerance = None,
     force: options.Force = False,
     dry_run: options.DryRun = False,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from itertools import chain, islice
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 from bnctl.data.resize import other_choices, other_integers, other_shapes, other_values, resized
@@ -100,7 +100,8 @@ def variations(example: Batch, vary: Collection[Varied], *, branching: bool, dev
     """
     other = resized(example, 2 if example.size == 1 else 1) if "batch size" in vary and example.size else example
     if "values" in vary:
-        yield from ([way] for way in islice(other_values(other), None if branching else 1))
+        ways = list(other_values(other))  # some are too much for a logarithm, say; the size counts in any case
+        yield from ([way, *ways[i + 1 :], other] for i, way in enumerate(ways[: None if branching else 1]))
     elif "batch size" in vary:
         yield [other]
     if "choices" in vary and branching:

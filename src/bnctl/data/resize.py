@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
@@ -39,7 +40,7 @@ def other_values(batch: Batch) -> Iterator[Batch]:
 
 
 def _scaled(value: Any, factor: float, offset: float) -> Any:
-    return _as_it_was(value, value * factor + offset) if _is_array(value) and _kind(value) == "f" else value
+    return _as_it_was(value, value * factor + offset) if _is_array(value) and _kind(value) in {"f", "c"} else value
 
 
 def _as_it_was(value: Any, other: Any) -> Any:
@@ -203,7 +204,7 @@ def leaves(batch: Batch) -> list[Any]:
 def _mapped(batch: Batch, change: Callable[[Any], Any]) -> Batch:
     def walk(value: Any) -> Any:
         if isinstance(value, Mapping):
-            return {key: walk(inner) for key, inner in value.items()}
+            return rebuilt(value, {key: walk(inner) for key, inner in value.items()})
         if type(value) in {list, tuple}:
             return type(value)(walk(inner) for inner in value)
         if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -215,6 +216,19 @@ def _mapped(batch: Batch, change: Callable[[Any], Any]) -> Batch:
 
     args = tuple(walk(value) for value in batch.args)
     return replace(batch, args=args, kwargs={name: walk(value) for name, value in batch.kwargs.items()})
+
+
+def rebuilt(value: Mapping[Any, Any], items: dict[Any, Any]) -> Mapping[Any, Any]:
+    """A mapping of the same class with other values, where the class is one that can be copied and written to; else a plain one."""
+    if type(value) is dict:
+        return items
+    try:
+        other: Any = copy.copy(value)
+        for key, item in items.items():
+            other[key] = item
+    except Exception:  # of the user's own, and perhaps not made for that
+        return items
+    return other  # type: ignore[no-any-return]
 
 
 def resized(batch: Batch, size: int) -> Batch:
@@ -233,7 +247,7 @@ def resized(batch: Batch, size: int) -> Batch:
         if getattr(value, "ndim", 0) and len(value) == batch.size:
             return value[samples]
         if isinstance(value, Mapping):
-            return {key: resize(inner) for key, inner in value.items()}
+            return rebuilt(value, {key: resize(inner) for key, inner in value.items()})
         if isinstance(value, (list, tuple)):
             resized = [resize(inner) for inner in value]
             untouched = all(new is old for new, old in zip(resized, value, strict=True))

@@ -68,6 +68,10 @@ class Ahead:
         """See :meth:`Runner.in_float64`."""
         return self._runner.in_float64()
 
+    def snapshot(self) -> Callable[[], None]:
+        """See :meth:`Runner.snapshot`."""
+        return self._runner.snapshot()
+
     def perturbed(self, step: float) -> Runner | None:
         """See :meth:`Runner.perturbed`."""
         return self._runner.perturbed(step)

@@ -102,6 +102,10 @@ class OrtRunner:
     def in_float64(self) -> None:
         """ONNX Runtime has no float64 kernels for many operators, Conv among them."""
 
+    def snapshot(self) -> Callable[[], None]:
+        """A session has no state."""
+        return lambda: None
+
     def perturbed(self, step: float) -> None:
         """Of use beside a float64 model only."""
 

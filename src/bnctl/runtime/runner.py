@@ -60,6 +60,10 @@ class Runner(Protocol):
         """The same model with float64 parameters and inputs; None where the runtime cannot."""
         ...
 
+    def snapshot(self) -> Callable[[], None]:
+        """The state of the model as it is now, to be put back by a call: running it may count or cache."""
+        ...
+
     def perturbed(self, step: float) -> Runner | None:
         """A copy in which every float parameter and buffer is `step` larger or smaller, relative to itself; None where there is none."""
         ...

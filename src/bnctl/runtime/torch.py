@@ -104,6 +104,12 @@ class TorchRunner:
         except Exception:  # quantised parts have no other type
             return None
 
+    def snapshot(self) -> Callable[[], None]:
+        """Buffers and plain attributes of all modules as they are now, to be put back by a call."""
+        from bnctl.engines.torch.engine import snapshot
+
+        return snapshot(self._module)
+
     def perturbed(self, step: float) -> TorchRunner | None:
         """A copy in which every float parameter and buffer is `step` larger or smaller, relative to itself; None where it cannot be copied."""
         module = self._copy()
@@ -181,7 +187,8 @@ def evaluating(module: torch.nn.Module) -> Iterator[None]:
 def named_values(output: Any) -> Iterator[tuple[str, Any]]:
     """Tensors, arrays and numbers in a nested output, with their paths ("" for the output itself).
 
-    Sequences, mappings, dataclasses and whatever is registered with torch's pytrees are looked into.
+    Sequences, mappings, dataclasses and whatever is registered with torch's pytrees are looked into, and of other objects (a distribution) the tensors among
+    their attributes are taken.
     """
     for path, leaf in pytree.tree_leaves_with_path(output):
         name = ".".join(_key(entry) for entry in path)
@@ -192,7 +199,11 @@ def named_values(output: Any) -> Iterator[tuple[str, Any]]:
             inner: Any = {f.name: getattr(leaf, f.name) for f in dataclasses.fields(leaf)}
         elif isinstance(leaf, Mapping):
             inner = dict(leaf)
-        else:
+        elif (
+            inner := {
+                key: part for key, part in getattr(leaf, "__dict__", {}).items() if isinstance(part, torch.Tensor)
+            }
+        ) == {}:
             continue
         yield from (
             ((f"{name}.{rest}" if name and rest else name or rest), value) for rest, value in named_values(inner)

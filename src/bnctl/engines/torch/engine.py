@@ -174,14 +174,24 @@ def _notes(trace: Trace) -> Iterator[str]:
 
 @contextmanager
 def keeping_state(module: nn.Module) -> Iterator[None]:
-    """Put buffers and plain attributes back afterwards: a layer in training mode updates its statistics when it runs, and a module may count or cache."""
+    """Put the state of a module back afterwards, see :func:`snapshot`."""
+    restore = snapshot(module)
+    try:
+        yield
+    finally:
+        restore()
+
+
+def snapshot(module: nn.Module) -> Callable[[], None]:
+    """Buffers and plain attributes as they are now, to be put back by a call: a layer in training mode updates its statistics when it runs, and a module may
+    count or cache.
+    """
     parts = [part for part in module.modules() if not isinstance(part, torch.jit.ScriptModule)]
     attributes = [dict(vars(part)) for part in parts]
     registered = [(dict(part._parameters), dict(part._buffers)) for part in parts]
     values = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         for part, plain, (parameters, buffers) in zip(parts, attributes, registered, strict=True):
             vars(part).clear()
             vars(part).update(plain)
@@ -192,6 +202,8 @@ def keeping_state(module: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in values:
                 buffer.copy_(value)
+
+    return restore
 
 
 def _edited(model: Model, module: nn.Module, edits: list[dict[str, Any]]) -> Model:

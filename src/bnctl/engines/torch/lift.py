@@ -20,6 +20,7 @@ from bnctl.codes import Obstacle
 from bnctl.engines.torch.bake import Bake, Bakes
 from bnctl.engines.torch.calls import Calls, join, layer_of
 from bnctl.engines.torch.hooks import hooked, observed
+from bnctl.engines.torch.layers import INSERTED, inserted_norm
 from bnctl.engines.torch.numbers import Others, Passes
 from bnctl.engines.torch.program import Program
 from bnctl.engines.torch.readings import Readings, Room
@@ -251,7 +252,8 @@ class _Lifter(Operands):
             and within.outputs == list(call.outputs)
             and "weight" in dict(within.module.named_parameters(recurse=False))
         ):
-            return None
+            own = hasattr(within.module, INSERTED) and inserted_norm(within.module) is None
+            return Obstacle("BN206", f"{within.path} has a {INSERTED!r} of its own") if own else None
         return Obstacle("BN206", f"{call.op} is computed in the forward of {within.path or 'the model itself'}")
 
     def _owner_of_statistics(self, call: OpCall) -> str | None:

@@ -52,7 +52,8 @@ def give_layers_back(graph_module: fx.GraphModule) -> fx.GraphModule:
 
     The guards on input shapes that torch.export adds stay: a graph that was made for one batch size goes on refusing others.
     """
-    graph = graph_module.graph
+    graph, exported = graph_module.graph, is_exported(graph_module)
+    modes = {name: module.training for name, module in graph_module.named_modules()}
     built: dict[str, nn.Module] = {}
     for node in list(graph.nodes):
         build = _BUILD.get(node.target) if node.op == "call_function" else None
@@ -79,9 +80,8 @@ def give_layers_back(graph_module: fx.GraphModule) -> fx.GraphModule:
             graph.erase_node(node)
     plain = fx.GraphModule(graph_module, graph, type(graph_module).__name__)
     keep_hooks(graph_module, plain, {id(graph_module): plain})
-    plain.training = False
-    for module in plain.modules():
-        module.training = False
+    for name, module in plain.named_modules():
+        module.training = modes.get(name, False) and not exported
     return plain
 
 
