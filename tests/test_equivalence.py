@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bnctl
-from bnctl.commands.equivalence import check_equivalence
+from bnctl.commands.equivalence import check_copy, check_equivalence
 from bnctl.data.batches import Batch
-from bnctl.errors import EquivalenceError
+from bnctl.errors import EquivalenceError, ModelError
 from bnctl.models.model import Model
 from bnctl.runtime.torch import TorchRunner
 from bnctl.verification import compare_runners
@@ -346,3 +346,24 @@ def test_tensors_in_objects_of_other_classes_are_compared() -> None:
     example = Batch((torch.randn(2, 4),))
     assert check_equivalence(as_model(Distribution(0.0)), as_model(Distribution(0.0)), example).passed
     assert not check_equivalence(as_model(Distribution(0.0)), as_model(Distribution(5.0)), example).passed
+
+
+def test_a_random_model_is_not_said_to_be_lost_in_a_copy() -> None:
+    class Lost(nn.Module):
+        def __init__(self, random: bool) -> None:
+            super().__init__()
+            self.linear, self.random, self.factor = nn.Linear(4, 4), random, 2.0
+
+        def __deepcopy__(self, memo: object) -> nn.Module:
+            twin = Lost(self.random)
+            twin.load_state_dict(self.state_dict())
+            twin.factor = 1.0
+            return twin
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x) * self.factor + (torch.randn(4) if self.random else 0)  # type: ignore[no-any-return]
+
+    example = Batch((torch.randn(2, 4),))
+    with pytest.raises(ModelError, match="computes something else"):
+        check_copy(as_model(Lost(random=False)), example, "cpu")
+    check_copy(as_model(Lost(random=True)), example, "cpu")

@@ -97,9 +97,8 @@ def _is_rounding(baseline: NDArray[Any], candidate: NDArray[Any], noise: Noise) 
     """Whether two arrays differ by no more than rounding could have made of the first. Where that always has another shape, nothing can be said of values."""
     if baseline.shape != candidate.shape or (noise.reshaped and not noise.compared):
         return noise.reshaped
-    is_order = (
-        baseline.dtype.kind in "iub" and baseline.ndim <= 2
-    )  # of detections, say: one swap moves all that come behind it
+    # In a list of detections, say, one swap moves all that come behind it.
+    is_order = baseline.dtype.kind in "iub" and baseline.ndim <= 2
     return difference(baseline, candidate) <= (ORDER_FACTOR if is_order else NOISE_FACTOR) * noise.moved
 
 

@@ -199,12 +199,9 @@ def named_values(output: Any) -> Iterator[tuple[str, Any]]:
             inner: Any = {f.name: getattr(leaf, f.name) for f in dataclasses.fields(leaf)}
         elif isinstance(leaf, Mapping):
             inner = dict(leaf)
-        elif (
-            inner := {
-                key: part for key, part in getattr(leaf, "__dict__", {}).items() if isinstance(part, torch.Tensor)
-            }
-        ) == {}:
-            continue
+        else:
+            attributes = getattr(leaf, "__dict__", {})
+            inner = {key: part for key, part in attributes.items() if isinstance(part, torch.Tensor)}
         yield from (
             ((f"{name}.{rest}" if name and rest else name or rest), value) for rest, value in named_values(inner)
         )
