@@ -127,7 +127,7 @@ def keeping(model: Model) -> AbstractContextManager[object]:
         return nullcontext()
     import torch
 
-    from bnctl.engines.torch.engine import keeping_state
+    from bnctl.engines.torch.state import keeping_state
 
     native: Any = model.native
     both = ExitStack()

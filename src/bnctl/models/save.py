@@ -224,7 +224,7 @@ def _check_rebuilt(module: nn.Module, origin: Origin, example: Batch, word: str)
     Raises:
         ModelError: the second model is another one, or cannot be built.
     """
-    from bnctl.engines.torch.engine import keeping_state
+    from bnctl.engines.torch.state import keeping_state
     from bnctl.models.bundle import rebuilt
     from bnctl.models.factory import build_module, check_fit
     from bnctl.models.ties import named_tensors, set_tensor

@@ -106,7 +106,7 @@ class TorchRunner:
 
     def snapshot(self) -> Callable[[], None]:
         """Buffers and plain attributes of all modules as they are now, to be put back by a call."""
-        from bnctl.engines.torch.engine import snapshot
+        from bnctl.engines.torch.state import snapshot
 
         return snapshot(self._module)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
@@ -23,6 +22,7 @@ from bnctl.engines.torch.lift import Lifted, lift
 from bnctl.engines.torch.merge import apply_merges, is_stock, limits
 from bnctl.engines.torch.numbers import Others, has_numbers, reads_of_values, settle
 from bnctl.engines.torch.record import Trace, record
+from bnctl.engines.torch.state import keeping_state, snapshot
 from bnctl.engines.torch.surgery import apply_fold
 from bnctl.errors import ModelError
 from bnctl.graph.graph import Node
@@ -147,21 +147,23 @@ class TorchEngine:
 
 def _other_passes(module: nn.Module, batch: Batch) -> Others:
     """Records on small batches of other sizes and values, as far as the model takes them."""
-    size = 1 if batch.size > 1 else 2
+    small = resized(batch, 1 if batch.size > 1 else 2) if batch.size else batch
+    restore = snapshot(module)
 
     def passes(batches: Iterable[Batch]) -> Iterator[Trace]:
         for other in batches:
-            small = next(other_values(resized(other, size) if other.size else other))
             try:
-                with keeping_state(module), torch.random.fork_rng(devices=[]):
-                    yield record(module, *as_tensors(small, module), methods=True)
+                yield record(module, *as_tensors(next(other_values(other)), module), methods=True)
             except Exception:  # made for one size
                 continue
+            finally:
+                restore()
 
-    shaped = tuple(trace for ways in other_shapes(batch) for trace in islice(passes(ways), 1))
-    chosen = [tuple(passes(ways)) for ways in other_choices(batch, arrays=False)]
-    traces = (*shaped, *(trace for choice in chosen for trace in choice))
-    return Others(traces or tuple(passes([batch])), bool(shaped) and all(chosen))
+    with torch.random.fork_rng(devices=[]):
+        shaped = tuple(trace for ways in other_shapes(small) for trace in islice(passes(ways), 1))
+        chosen = [tuple(passes(ways)) for ways in other_choices(small, arrays=False)]
+        traces = (*shaped, *(trace for choice in chosen for trace in choice))
+        return Others(traces or tuple(passes([small])), bool(shaped) and all(chosen))
 
 
 def _notes(trace: Trace) -> Iterator[str]:
@@ -170,40 +172,6 @@ def _notes(trace: Trace) -> Iterator[str]:
         place = call.within.path or "the model"
         yield f"the forward of {place} reads values of tensors: only the path that the example took has been analysed"
         return
-
-
-@contextmanager
-def keeping_state(module: nn.Module) -> Iterator[None]:
-    """Put the state of a module back afterwards, see :func:`snapshot`."""
-    restore = snapshot(module)
-    try:
-        yield
-    finally:
-        restore()
-
-
-def snapshot(module: nn.Module) -> Callable[[], None]:
-    """Buffers and plain attributes as they are now, to be put back by a call: a layer in training mode updates its statistics when it runs, and a module may
-    count or cache.
-    """
-    parts = [part for part in module.modules() if not isinstance(part, torch.jit.ScriptModule)]
-    attributes = [dict(vars(part)) for part in parts]
-    registered = [(dict(part._parameters), dict(part._buffers)) for part in parts]
-    values = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
-
-    def restore() -> None:
-        for part, plain, (parameters, buffers) in zip(parts, attributes, registered, strict=True):
-            vars(part).clear()
-            vars(part).update(plain)
-            part._parameters.clear()
-            part._parameters.update(parameters)
-            part._buffers.clear()
-            part._buffers.update(buffers)
-        with torch.no_grad():
-            for buffer, value in values:
-                buffer.copy_(value)
-
-    return restore
 
 
 def _edited(model: Model, module: nn.Module, edits: list[dict[str, Any]]) -> Model:

@@ -121,7 +121,9 @@ def _settings(call: OpCall, numbers: Mapping[int, int | float]) -> Any:
             return [bare(item) for item in tree]
         if isinstance(tree, dict):
             return {key: bare(item) for key, item in tree.items()}
-        return type(tree), tree
+        return type(tree), None if isinstance(
+            tree, torch.ScriptObject
+        ) else tree  # packed weights: no numbers, and not to be compared
 
     return bare((call.args, call.kwargs))
 
