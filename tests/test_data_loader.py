@@ -137,3 +137,15 @@ def test_words():
     assert is_loader_word("a.b:c.d")
     for word in ("a.b", "a:b:c", "a/b:c", "1a:b", "a:", "C:\\data", "a:1"):
         assert not is_loader_word(word)
+
+
+def test_the_same_iterator_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "once_only.py").write_text(
+        "import numpy as np\nkept = iter([np.zeros((4, 2))] * 3)\ndef same():\n    return kept\n"
+    )
+    data = read_loader("once_only:same")
+    next(iter(data))
+    with pytest.raises(DataError, match="returned the same iterator again") as caught:
+        list(data)
+    assert "a new one in each call" in caught.value.hint

@@ -73,7 +73,6 @@ def test_without_labels(tmp_path):
         ({}, "no input"),
         ({"x": np.zeros((4, 2)), "y": np.arange(3)}, "x has 4, y has 3"),
         ({"a": np.zeros((4, 2)), "b": np.zeros((5, 2))}, "a has 4, b has 5"),
-        ({"x": np.zeros((2, 2)), "mask": np.zeros((2, 2))}, "besides x"),
         ({"x": np.zeros((2, 2)), "y": np.array([0.5, 1])}, "no class numbers"),
         ({"x": np.zeros((2, 2)), "y": np.array(["a", "b"])}, "no class numbers"),
         ({"x": np.zeros((2, 2)), "y": np.arange(2), "label": np.arange(2)}, "y and label"),

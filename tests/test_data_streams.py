@@ -232,7 +232,6 @@ class TestErrors:
         ("columns", "message"),
         [
             ({"s": ["a"], "y": [1]}, r"no images and no numbers, only s \(string\), y \(int64\)"),
-            ({"x": [1.0], "z": [2.0]}, "besides x there can only be labels"),
             ({"x": [1.0], "label": [1], "cls": [2]}, "labels in label and cls"),
             ({"x": [[1.0], [1.0, 2.0]]}, "x: the lists differ in length"),
             ({"x": [[1.0], None]}, "x: 1 values are missing"),

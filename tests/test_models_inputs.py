@@ -72,5 +72,5 @@ def test_axes_of_one_name_have_one_size():
         ],
         [],
     )  # fmt: skip
-    specs = input_specs(onnx_ir.from_proto(helper.make_model(graph)))
+    specs = input_specs(onnx_ir.from_proto(helper.make_model(graph)), "m.onnx")
     assert [spec.shape for spec in specs] == [(2, 2, 3, 64), (2, 4, 64, 64)]

@@ -468,3 +468,59 @@ def test_held_out_samples_are_named_where_they_may_be_the_cause(cli: Any) -> Non
     ended = cli("recalibrate", BN, "--data", "narrow.npz", "-o", "out")
     assert ended.code == ExitCode.USAGE
     assert "--hold-out 0: none" in ended.err
+
+
+# ---- what an interrupted run leaves
+
+
+def test_the_same_command_does_not_throw_away_what_it_knew(cli: Any) -> None:
+    *words, resume = interrupted(cli, BN)
+    assert resume == "--resume"
+    kept = Path("out.partial").read_bytes()
+    ended = cli(*words)
+    assert ended.code == ExitCode.USAGE
+    assert "out.partial holds what the same command had found out" in ended.err
+    assert "--resume" in ended.err
+    assert Path("out.partial").read_bytes() == kept
+    anew = cli(*words, "--force", "--on-bad-batch", "skip")
+    assert anew.code == 0, anew.err
+    assert not Path("out.partial").exists()
+
+
+def test_what_is_known_of_something_else_gives_way(cli: Any) -> None:
+    words = interrupted(cli, BN)[:-1]
+    assert cli(*words, "--on-bad-batch", "skip").code == 0
+
+
+def test_a_file_of_the_users_is_not_taken_for_what_a_run_left(cli: Any) -> None:
+    Path("out.partial").write_text("my notes")
+    for more in ((), ("--force",)):
+        ended = cli("recalibrate", BN, "--data", UNLABELLED, "-o", "out", *more)
+        assert ended.code == ExitCode.USAGE
+        assert "out.partial exists, and is not what an interrupted run leaves" in ended.err
+    assert Path("out.partial").read_text() == "my notes"
+
+
+def test_data_of_several_files_are_known_by_all_of_them() -> None:
+    from bnctl.commands.recalibrate import _stamp
+
+    Path("parts").mkdir()
+    for name in "ab":
+        Path(f"parts/{name}.npz").write_bytes(b"1")
+    stamps = {word: _stamp(word) for word in ("parts", "parts/*.npz", "parts/a.npz")}
+    assert None not in stamps.values()
+    assert stamps == {word: _stamp(word) for word in stamps}
+    os.utime("parts/b.npz", ns=(1, 1))
+    changed = {word for word, stamp in stamps.items() if stamp != _stamp(word)}
+    assert changed == {"parts", "parts/*.npz"}
+    Path("parts/c.npz").write_bytes(b"")
+    assert _stamp("parts/*.npz") not in {stamps["parts/*.npz"], None}
+    assert [_stamp(word) for word in ("random:8", "module:callable", "hf:name", "nothing/*.npz")] == [None] * 4
+
+
+def test_a_transform_that_fails_is_not_put_down_to_what_is_held_out(cli: Any) -> None:
+    Path("failing.py").write_text("def transform(image):\n    raise ValueError('boom')\n")
+    ended = cli("recalibrate", BN, "--data", SHIFTED, "-o", "out", "--augment", "failing:transform")
+    assert ended.code == ExitCode.USAGE
+    assert "boom" in ended.err
+    assert "held out" not in ended.err

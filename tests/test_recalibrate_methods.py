@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from bnctl.data.batches import Batch
+from bnctl.data.batches import Batch, as_batches
 from bnctl.engines.torch.recalibrate import recalibrate
 from bnctl.errors import DataError, ModelError, UsageError
 from bnctl.numerics.moments import Moments
@@ -21,7 +21,7 @@ from bnctl.recalibration.method import NoSamplesError
 from bnctl.recalibration.partial import Partial
 from bnctl.recalibration.seen import Seen
 from bnctl.recalibration.site import Site
-from bnctl.recalibration.until import run_until
+from bnctl.recalibration.until import PILOT_SAMPLES, pilot, run_until
 from bnctl.recalibration.workers import Alone
 
 
@@ -401,3 +401,16 @@ def test_broken_statistics_are_not_mixed_in(mean: float, var: float) -> None:
     assert with_prior(old, target, 9, 0)[0] == target.mean
     with pytest.raises(ModelError, match=r"^bn1: its old statistics hold NaN, infinity or a negative variance"):
         with_prior(old, target, 9, 3, name="bn1")
+
+
+@pytest.mark.parametrize("sizes", [[1, *[32] * 9], [31, 32, 32, *[32] * 7]])
+def test_until_begins_with_as_many_samples_as_it_says(sizes: list[int]) -> None:
+    """Whatever the size of the very first batch."""
+    first = pilot(as_batches([np.zeros((n, 2), np.float32) for n in sizes]))
+    assert PILOT_SAMPLES <= sum(sizes[:first]) <= PILOT_SAMPLES + 32
+
+
+@pytest.mark.parametrize("value", [True, "0.1", 0, float("nan")])
+def test_what_is_no_tolerance_or_prior(value: Any) -> None:
+    with pytest.raises(UsageError, match="tolerance"):
+        recalibrate(net(double=False), split(images(20), 8), until=value)

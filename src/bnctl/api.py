@@ -252,7 +252,8 @@ def _example(model: Model, inputs: Any) -> Batch:
     from bnctl.data.synthetic import random_batch
     from bnctl.engines.onnx.signature import input_specs
 
-    return random_batch(input_specs(model.native))
+    specs = input_specs(model.native, model.word)
+    return random_batch(specs) if specs else Batch()
 
 
 def _as_given(given: Any, model: Model) -> Any:

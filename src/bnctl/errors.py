@@ -73,7 +73,17 @@ class DataError(InputError):
 
 
 class OverflowInFoldError(InputError):
-    """Folded parameters do not fit the dtype of the layer (BN115)."""
+    """Folded parameters do not fit the dtype of the layer (BN115).
+
+    Args:
+        message: says so.
+        layer: whose parameters they are.
+        hint: the next step.
+    """
+
+    def __init__(self, message: str, *, layer: str, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.layer = layer
 
 
 class WorkerError(BnctlError):

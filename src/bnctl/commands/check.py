@@ -16,11 +16,15 @@ def run_check(word: str, setup: Setup) -> Report:
     BN401 a layer that could be folded was not · BN402 a dead channel (scale 0) · BN105 batch statistics in inference · BN115 statistics that are not finite.
     """
     model = setup.open(word)
-    report = inspect_model(model, setup.example(model))
+    report = inspect_model(model, setup.example(model, run=False))
     findings = []
     for site in report.sites:
         if site.action == "foldable":
-            findings.append(_finding(site, "BN401", f"can be folded into {', '.join(site.into)}"))
+            findings.append(
+                _finding(
+                    site, "BN401", f"can be folded into {', '.join(site.into)}" if site.into else "changes nothing"
+                )
+            )
         elif site.code in {"BN105", "BN115"}:
             findings.append(_finding(site, site.code, site.reason))
         if zeros := site.details.get("zero_scales"):

@@ -140,8 +140,14 @@ def check_copy(model: Model, example: Batch, device: str) -> None:
     """See whether a mere copy of a model computes the same: surgery works on one. Of a model that does not even agree with itself (random), that shows nothing.
 
     Raises:
-        ModelError: it does not.
+        ModelError: it does not; or it is an ONNX model that draws random numbers, which depend on where a node stands.
     """
+    drawing = _random_node(model)
+    if drawing is not None:
+        raise ModelError(
+            f"{model.word} draws random numbers ({drawing}), and others after any change: before and after cannot be compared",
+            hint="--no-verify does not try to; compare the accuracy with bnctl bench",
+        )
     with keeping(model):
         runner = _opened(model, device)
         twin = runner.perturbed(0.0)
@@ -153,6 +159,21 @@ def check_copy(model: Model, example: Batch, device: str) -> None:
             f"a copy of {model.word} computes something else ({verification.reason}): it loses something on the way, before any surgery",
             hint="see to it that copy.deepcopy keeps all that its forward uses (__deepcopy__, __getstate__, attributes of a torch.fx graph)",
         )
+
+
+def _random_node(model: Model) -> str | None:
+    """A node of an ONNX model that draws random numbers, and its name."""
+    if model.kind != "onnx":
+        return None
+    native: Any = model.native
+    nodes = chain(native.graph.all_nodes(), *(function.all_nodes() for function in native.functions.values()))
+    found = next((node for node in nodes if node.op_type in _RANDOM and node.domain == ""), None)
+    return None if found is None else f"{found.op_type} {found.name or ''}".strip()
+
+
+_RANDOM = frozenset(
+    {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
+)
 
 
 def require(verification: Verification, command: str, word: str, culprits: Sequence[str] = ()) -> None:

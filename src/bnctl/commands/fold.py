@@ -120,7 +120,7 @@ def run_fold(
     started = time.perf_counter()
     model = setup.open(word)
     target.check(model.kind)
-    example = setup.example(model)
+    example = setup.example(model, run=verify and not target.dry_run)
     outcome = fold_model(
         model,
         example,

@@ -72,12 +72,12 @@ def inspect_model(model: Model, example: Batch) -> Report:
 def run_inspect(word: str, setup: Setup) -> Report:
     """The command."""
     model = setup.open(word)
-    return inspect_model(model, setup.example(model))
+    return inspect_model(model, setup.example(model, run=False))
 
 
 def _details(graph: Graph, node: Node | None) -> dict[str, Any]:
     """What feeds a layer, and what its scale and shift look like: ``y = scale * x + shift``."""
-    if node is None or not isinstance(node.op, Affine):
+    if node is None or not isinstance(node.op, Affine) or not node.op.map.scale.size:
         return {}
     producer = graph.producer.get(node.inputs[0])
     scale, shift = node.op.map.scale, node.op.map.shift

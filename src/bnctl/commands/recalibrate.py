@@ -19,6 +19,7 @@ from bnctl.commands.recalibration import Place, Recalibration, on_engine
 from bnctl.commands.setup import Setup
 from bnctl.data.batches import as_batches, first_of
 from bnctl.data.finite import finite
+from bnctl.data.open import data_files
 from bnctl.data.repeat import repeated
 from bnctl.errors import DataError, ModelError, UsageError
 from bnctl.models.save import Target
@@ -62,6 +63,8 @@ def recalibrate_model(
     """
     started = time.perf_counter()
     how, place = how or Recalibration(), place or Place()
+    if how.prior != "auto" and (isinstance(how.prior, bool) or not isinstance(how.prior, (int, float))):
+        raise UsageError(f"the prior is {how.prior!r}", hint='it is a number of samples, or "auto"')
     if how.max_drop_pp is not None:
         guard.drop_gate(how.max_drop_pp)  # before any work is done
     needed = "--max-drop" if how.max_drop_pp is not None else "--prior auto" if how.prior == "auto" else None
@@ -128,6 +131,8 @@ def run_recalibrate(word: str, target: Target, setup: Setup, how: Recalibration)
         target.check(model.kind)
         batches = repeated(as_batches(setup.batches()), setup.seed)
         partial = Partial(_partial_path(target), _about(model, setup, how))
+        if workers.rank == 0 and not how.resume:
+            partial.require_place(force=target.force)
         anew = how.resume and not (partial.path is not None and partial.path.exists())
         device = setup.device if setup.device == "cpu" or workers.size == 1 else f"cuda:{_local_rank()}"
         place = Place(device, setup.threads, workers, partial, setup.progress)
@@ -217,7 +222,7 @@ def _naming_what_is_held_out(held_out: bool) -> Iterator[None]:
     try:
         yield
     except (DataError, ModelError) as error:
-        if held_out and re.search(r"fails on|expects|does not run", error.message):
+        if held_out and re.search(r"fails on inputs|expects|does not run", error.message):
             error.hint = f"{error.hint or ''}; batches lack the samples that are held out to judge the result (--hold-out 0: none)".lstrip(
                 "; "
             )
@@ -288,13 +293,22 @@ def _fingerprint(model: Model) -> str | None:
     return digest.hexdigest()
 
 
+LOOKED_AT = 10_000
+"""Of a folder of images, so many are asked for size and time: a million takes long over a network."""
+
+
 def _stamp(word: str | None) -> str | None:
-    """Size and time of a file with data, which may be written anew under its name."""
-    path = None if word is None else Path(word)
-    if path is None or not path.is_file():
+    """Names, sizes and times of the files with data, which may be written anew under their names; None for data that are no files."""
+    files = [] if word is None else data_files(word)
+    if not files:
         return None
-    status = path.stat()
-    return f"{status.st_size} bytes of {status.st_mtime_ns}"
+    digest = hashlib.sha256("\n".join(map(str, files)).encode())
+    total = 0
+    for file in files[:: -(-len(files) // LOOKED_AT)]:
+        status = file.stat()
+        total += status.st_size
+        digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
+    return f"{len(files)} files, {total} bytes, {digest.hexdigest()[:16]}"
 
 
 def _site(site: SiteStatistics) -> Site:

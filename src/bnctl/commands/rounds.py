@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from bnctl.errors import UsageError
+from bnctl.errors import OverflowInFoldError, UsageError
 from bnctl.graph.ops import LinearOp
-from bnctl.plan.fold import plan_fold
+from bnctl.plan.fold import FoldPlan, plan_fold
 from bnctl.plan.merge import changed_values
 from bnctl.report import Site
 
@@ -110,10 +110,24 @@ def _fold(
         if site.action == "folded" or site.name not in state.sites:
             state.sites[site.name] = Site(site.name, site.action, site.into, site.code, site.reason)
     if plan.removed and not plan_only:
-        state.model, state.changed = engine.fold(captured, plan), True
+        try:
+            state.model, state.changed = engine.fold(captured, plan), True
+        except OverflowInFoldError as error:
+            raise _naming_sites(error, plan, state.model.word) from error
         state.preserved |= {engine.shown_as(captured, node) for node in plan.preserved}
         state.altered |= engine.shows(captured, plan.meaning)
         state.added_parameters += plan.added_parameters
+
+
+def _naming_sites(error: OverflowInFoldError, plan: FoldPlan, word: str) -> OverflowInFoldError:
+    """The error with the names of what the layer would take in: those are what the user can leave out."""
+    names = [site.name for site in plan.sites if site.action == "folded" and error.layer in site.into]
+    skip = " ".join(f"--skip {name!r}" for name in names) or "--skip"
+    return OverflowInFoldError(
+        f"{word}: {', '.join(names) or 'a layer'} cannot be folded into {error.message}",
+        layer=error.layer,
+        hint=f"leave it out with {skip}, or work in float32 and convert to half precision afterwards",
+    )
 
 
 def _merge(state: Rounds, engine: Engine, example: Batch, takes: Callable[[str], bool]) -> bool:

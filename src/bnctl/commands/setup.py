@@ -124,16 +124,24 @@ class Setup:
             workers=self.workers,
         )
 
-    def example(self, model: Model) -> Batch:
-        """The inputs on which a model is looked at.
+    def example(self, model: Model, *, run: bool = True) -> Batch:
+        """The inputs on which a model is looked at; none where an ONNX graph is only read.
 
         Drawn at random as `--input` says, else the first batch of `--data`; else drawn at random, as an ONNX model's signature says, or a bundle's record; else
         those with which a `.pt2` was exported.
 
+        Args:
+            model: the model.
+            run: whether it will be run; a torch model always is.
+
         Raises:
             UsageError: none of these is there.
         """
+        from bnctl.data.batches import Batch
         from bnctl.data.synthetic import parse_input, random_batch
+
+        if model.kind == "onnx" and not run:
+            return Batch()
 
         if self.inputs:
             return random_batch(self.inputs, seed=self.seed)
@@ -142,12 +150,11 @@ class Setup:
         if model.kind == "onnx":
             from bnctl.engines.onnx.signature import input_specs
 
-            return random_batch(input_specs(model.native), seed=self.seed)
+            specs = input_specs(model.native, model.word)
+            return random_batch(specs, seed=self.seed) if specs else Batch()
         if model.origin is not None and model.origin.inputs:
             return random_batch([parse_input(word) for word in model.origin.inputs], seed=self.seed)
         if model.program is not None and model.program.example_inputs is not None:
-            from bnctl.data.batches import Batch
-
             args, kwargs = model.program.example_inputs
             return Batch(tuple(args), dict(kwargs))
         raise UsageError(

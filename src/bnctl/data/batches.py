@@ -184,7 +184,10 @@ def read_items(items: Iterable[Any], name: str) -> Iterator[Batch]:
             yield replace(batch, start=samples)
             samples += batch.size
     if not samples:
-        raise DataError(f"{name} holds no samples", hint="give data that are not empty")
+        raise DataError(
+            f"{name} holds no samples",
+            hint="give data that are not empty; an iterator that was read already is, so give one that can be read again",
+        )
 
 
 def as_batch(item: Any, *, where: str = "the batch") -> Batch:

@@ -34,10 +34,10 @@ def read_loader(word: str, *, limit: int | None = None) -> Batches:
         DataError: now: the import fails, or there is no such callable. During a pass: the call or the iteration fails, or an
             item is no batch.
     """
-    call = resolve(word)
+    call, returned = resolve(word), _Returned(word)
 
     def read() -> Iterator[Batch]:
-        batches = read_items(_items(call, word), word)
+        batches = read_items(_items(call, word, returned), word)
         return batches if limit is None else _first(batches, limit)
 
     return streamed(read)
@@ -52,12 +52,29 @@ def _first(batches: Iterable[Batch], limit: int) -> Iterator[Batch]:
             return
 
 
-def _items(call: Callable[[], Any], word: str) -> Iterator[Any]:
+class _Returned:
+    """Notices a callable that hands out the same iterator twice, the second time without what was taken from it."""
+
+    def __init__(self, word: str) -> None:
+        self._word = word
+        self._last: Any = None
+
+    def check(self, found: Any) -> None:
+        if isinstance(found, Iterator) and found is self._last:
+            raise DataError(
+                f"{self._word} returned the same iterator again, and a second pass is needed",
+                hint="let it make a new one in each call, or return a list or a DataLoader",
+            )
+        self._last = found
+
+
+def _items(call: Callable[[], Any], word: str, returned: _Returned) -> Iterator[Any]:
     from bnctl.models.importing import current_folder_importable
 
     with current_folder_importable():
         found = _called(call, word)
         require_items(found, f"what {word} returns")
+        returned.check(found)
         items = iter(found)
     end = object()
     while True:

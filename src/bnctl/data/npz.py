@@ -25,8 +25,8 @@ def read_npz(
 ) -> CountedBatches:
     """Batches of a `.npz` file, in the file's order.
 
-    The array `x` is the one positional input. A file without `x` has one keyword input per array. `y` (or `label`,
-    `labels`, `target`, `targets`) are the class numbers. Axis 0 counts the samples everywhere.
+    The array `x`, alone, is the one positional input. Several arrays are inputs by name. `y` (or `label`, `labels`, `target`, `targets`) are the class
+    numbers. Axis 0 counts the samples everywhere.
 
     Images, that is uint8 arrays (N, H, W) or (N, H, W, C), need `preprocess`, and nothing else takes it: how pixels become
     input is for the user to say (`{"dtype": "uint8", "layout": "NHWC"}`: not at all). Images are converted batch by batch.
@@ -57,7 +57,7 @@ def read_npz(
         for place in places:
             chosen = kept[place]
             values = {name: value(name, chosen) for name in inputs}
-            args = (values.pop("x"),) if "x" in values else ()
+            args = (values.pop("x"),) if set(values) == {"x"} else ()
             yield Batch(args, values, None if labels is None else labels[chosen], place.start)
 
     return located(len(kept), batch_size, read)
@@ -88,11 +88,6 @@ def _parts(arrays: dict[str, NDArray[Any]], path: Path) -> tuple[dict[str, NDArr
     held = ", ".join(arrays) or "nothing"
     if not inputs:
         raise DataError(f"{path} holds no input, only {held}", hint=_FORM)
-    if "x" in inputs and len(inputs) > 1:
-        raise DataError(
-            f"{path} holds {held}: besides x there can only be labels",
-            hint="leave the rest out, or call every input by its name in the model",
-        )
     if len(labelling) > 1:
         raise DataError(f"{path} has labels under {' and '.join(labelling)}", hint="leave one")
     if not labelling:

@@ -102,6 +102,17 @@ def open_data(
     raise _unknown(text, _existing(path))
 
 
+def data_files(word: str) -> list[Path]:
+    """The files that a word for data names: one, those that a glob finds, or all below a folder, sorted; none for other kinds of data."""
+    path = Path(word)
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if file.is_file())
+    try:
+        return _files(path)
+    except (DataError, ValueError, OSError):
+        return []
+
+
 def _files(path: Path) -> list[Path]:
     """The file, or those that a glob finds, sorted."""
     if path.is_file():

@@ -62,11 +62,6 @@ def choose_columns(schema: Any, source: str) -> Columns:
         raise DataError(
             f"{source} holds no images and no numbers, only {held}", hint="call the columns x and y, or image and label"
         )
-    if "x" in inputs and len(inputs) > 1:
-        raise DataError(
-            f"{source} holds {held}: besides x there can only be labels",
-            hint="leave the rest out, or call every input by its name in the model",
-        )
     return Columns(images, arrays, labels[0] if labels else None)
 
 

@@ -41,6 +41,7 @@ class Slot:
         tensor: name of the stored array. Several slots may hold the same one (tied weights).
         obstacle: set where the slot cannot be written.
         places: how many places are known to hold the array, this one and such as no operator reads among them.
+        origin: name of the stored array that this one is computed from (transposed, say), where others hold that, too.
     """
 
     key: str
@@ -48,6 +49,12 @@ class Slot:
     tensor: str = ""
     obstacle: Obstacle | None = None
     places: int = 1
+    origin: str = ""
+
+    @property
+    def tied_by(self) -> str:
+        """The name that all slots have in common that are tied to each other."""
+        return self.origin or self.tensor
 
     @property
     def size(self) -> int:
@@ -129,7 +136,7 @@ class Graph:
         for node in self.nodes:
             for slot in _slots(node):
                 if slot.tensor:
-                    found.setdefault(slot.tensor, set()).add(slot.key)
+                    found.setdefault(slot.tied_by, set()).add(slot.key)
         return found
 
     def rank(self, value: int) -> int | None:

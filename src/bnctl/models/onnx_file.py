@@ -11,11 +11,12 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from hashlib import file_digest, sha256
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
-from bnctl.errors import ModelError
+from bnctl.errors import ModelError, UsageError
 from bnctl.models.onnx_sound import make_sound, refuse_what_is_not_kept
 from bnctl.models.onnx_stream import write_inline
 from bnctl.models.spec import require_file
@@ -27,6 +28,16 @@ if TYPE_CHECKING:
 
 # A protobuf message ends at 2 GiB; the graph itself needs room too.
 _LARGEST_INLINE_BYTES = 1_900_000_000
+
+_SOURCE = "bnctl.source"
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The file that a model was read from, and those of its external data."""
+
+    file: Path
+    data: frozenset[Path]
 
 
 def check_external_data(path: str | os.PathLike[str]) -> None:
@@ -77,11 +88,10 @@ def _model(proto: onnx.ModelProto, file: Path) -> onnx_ir.Model:
         # The absolute folder: with an empty one, onnx-ir would skip its own checks when it maps the file.
         onnx_ir.external_data.set_base_dir(model.graph, folder)
         _list_initializers(model)
+        _say_once(model)
+        model.graph.meta[_SOURCE] = _Source(file.resolve(), _locations(proto, file))
     except Exception as error:
-        raise ModelError(
-            f"{file} is not a valid ONNX model: {type(error).__name__}: {error}",
-            hint="the file is damaged, or not of this kind: write it again",
-        ) from error
+        raise _unreadable(error, str(file), "the file is damaged, or not of this kind: write it again") from error
     make_sound(model, str(file))
     return model
 
@@ -98,11 +108,32 @@ def from_proto(proto: onnx.ModelProto, name: str) -> onnx_ir.Model:
     try:
         model = onnx_ir.from_proto(proto)
     except Exception as error:
-        raise ModelError(
-            f"{name} is not a valid ONNX model: {type(error).__name__}: {error}", hint="see what onnx.checker says"
-        ) from error
+        raise _unreadable(error, name, "see what onnx.checker says") from error
     make_sound(model, name)
     return model
+
+
+def _unreadable(error: BaseException, name: str, hint: str) -> ModelError:
+    """What onnx-ir does not read: it says why in the first of the errors that led to this one."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    reason = (str(error).strip().splitlines() or [""])[0]
+    if "Map types" in reason:
+        return ModelError(
+            f"{name} has values of map type, which bnctl does not read",
+            hint="take ZipMap off the end, for instance by exporting with options={'zipmap': False}",
+        )
+    return ModelError(f"{name} is not a valid ONNX model: {type(error).__name__}: {reason}", hint=hint)
+
+
+def _say_once(model: onnx_ir.Model) -> None:
+    """Metadata of a tensor that onnx-ir writes from its message as well as from what it read there."""
+    from onnx_ir.serde import TensorProtoTensor
+
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, TensorProtoTensor):
+                del value.const_value.raw.metadata_props[:]
 
 
 def _list_initializers(model: onnx_ir.Model) -> None:
@@ -128,7 +159,7 @@ def save_onnx(
         The SHA-256 of the model's file, in hexadecimal.
 
     Raises:
-        UsageError: the output, or the data file it needs, exists and `force` is not set.
+        UsageError: the output, or the data file it needs, exists and `force` is not set; or the data file belongs to another model.
         ModelError: it cannot be written.
     """
     import onnx_ir
@@ -137,6 +168,8 @@ def save_onnx(
     data = target.with_name(f"{target.name}.data")
     external = _needs_external_data(model)
     outputs = [data, target] if external else [target]
+    if external:
+        _refuse_data_of_others(model, target, data)
     for output in outputs:
         refuse_existing(output, force=force)
     with staging(target) as folder:
@@ -160,6 +193,39 @@ def save_onnx(
                 if (folder / output.name).exists():
                     publish(folder / output.name, output, force=force)
             return digest.result().hexdigest()
+
+
+def source_of(model: onnx_ir.Model) -> Path | None:
+    """The file that a model was read from, where it is still there."""
+    source: _Source | None = model.graph.meta.get(_SOURCE)
+    return source.file if source is not None and source.file.is_file() else None
+
+
+def _refuse_data_of_others(model: onnx_ir.Model, target: Path, data: Path) -> None:
+    """A data file is replaced together with the model that it belongs to, or not at all."""
+    source: _Source | None = model.graph.meta.get(_SOURCE)
+    if not os.path.lexists(data) or (source is not None and source.file == target.resolve()):
+        return
+    if source is not None and data.resolve() in source.data:
+        raise UsageError(f"{data} holds the weights of {source.file.name}, which is read", hint="give another output")
+    if not target.is_file() or data.resolve() not in _data_files(target):
+        raise UsageError(
+            f"{data} exists already, and is not the data file of {target}", hint="give another output, or move it away"
+        )
+
+
+def _data_files(path: Path) -> frozenset[Path]:
+    """The files with external data that an ONNX file names."""
+    try:
+        proto = _parsed(_content(path), path)
+    except ModelError:
+        return frozenset()
+    return _locations(proto, path)
+
+
+def _locations(proto: onnx.ModelProto, path: Path) -> frozenset[Path]:
+    entries = (entry for tensor, _ in _external_tensors(proto) for entry in tensor.external_data)
+    return frozenset((path.resolve().parent / e.value).resolve() for e in entries if e.key == "location")
 
 
 def _content(path: Path) -> bytes:

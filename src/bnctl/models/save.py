@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,10 +133,38 @@ def write_onnx(native: Any, path: Path, *, force: bool) -> Artifact:
     from bnctl.models.onnx_file import save_onnx
     from bnctl.report import Artifact
 
-    return Artifact(str(path), save_onnx(native, path, force=force, check=_check_onnx))
+    return Artifact(str(path), save_onnx(native, path, force=force, check=partial(_check_onnx, native)))
 
 
-def _check_onnx(path: Path) -> None:
+def _check_onnx(native: Any, path: Path) -> None:
+    """See whether the checker takes a file.
+
+    Args:
+        native: the model that is in it.
+        path: the file.
+
+    Raises:
+        ModelError: it does not.
+    """
+    from bnctl.models.onnx_file import source_of
+
+    reason = _complaint(path)
+    if reason is None:
+        return
+    source = source_of(native)
+    theirs = None if source is None else _complaint(source)
+    if source is not None and theirs is not None:
+        raise ModelError(
+            f"{source.name} is not valid ONNX, and the result would not be, either: {theirs}",
+            hint="mend it first: onnx.checker.check_model says the same of it; another opset may do (onnx.version_converter)",
+        )
+    raise ModelError(
+        f"{path.name}: the result is not valid ONNX: {reason}", hint="please report the model; nothing was written"
+    )
+
+
+def _complaint(path: Path) -> str | None:
+    """What the checker says of a file."""
     import onnx
 
     try:
@@ -147,10 +176,8 @@ def _check_onnx(path: Path) -> None:
                 raise
             onnx.checker.check_model(proto)
     except onnx.checker.ValidationError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"{path.name}: the result is not valid ONNX: {reason}", hint="please report the model; nothing was written"
-        ) from error
+        return str(error).strip().splitlines()[0]
+    return None
 
 
 def _give_shapes(proto: onnx.ModelProto) -> bool:

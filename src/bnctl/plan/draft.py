@@ -299,7 +299,7 @@ class Draft:
         for edit in self.edits():
             for slot, changes in ((edit.node.weight, edit.scales or edit.takes_ones), (edit.node.bias, edit.shifts)):
                 if slot is not None and changes and slot.tensor and self._tied(slot):
-                    written.setdefault(slot.tensor, []).append((edit, slot))
+                    written.setdefault(slot.tied_by, []).append((edit, slot))
         own: list[Slot] = []
         shared: dict[str, str] = {}
         for tensor, holders in written.items():
@@ -315,7 +315,7 @@ class Draft:
         return own, shared
 
     def _tied(self, slot: Slot) -> bool:
-        return slot.places > 1 or len(self.graph.tensor_slots.get(slot.tensor, ())) > 1
+        return slot.places > 1 or len(self.graph.tensor_slots.get(slot.tied_by, ())) > 1
 
 
 def _changing(moved: Pass) -> list[tuple[int, AffineMap]]:

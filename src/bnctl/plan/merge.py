@@ -231,7 +231,7 @@ def _can_take(node: Node, graph: Graph) -> bool:
         s.obstacle is None
         and s.places == 1
         and len(graph.slot_readers[s.key]) == 1
-        and len(graph.tensor_slots.get(s.tensor, ())) <= 1
+        and len(graph.tensor_slots.get(s.tied_by, ())) <= 1
         for s in slots
     )
 

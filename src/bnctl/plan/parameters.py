@@ -58,5 +58,6 @@ def check_range(layer: str, array: Array, largest: float) -> None:
         reach = f"reach {peak:.3g}, beyond" if math.isfinite(peak) else "go beyond"
         raise OverflowInFoldError(
             f"{layer}: its new parameters {reach} the largest value {largest:.3g} of their dtype (BN115)",
+            layer=layer,
             hint="leave out the layer that it would take in (--skip), or work in float32 and convert to half precision afterwards",
         )

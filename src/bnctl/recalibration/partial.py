@@ -69,6 +69,34 @@ class Partial:
         self._written_s = time.monotonic()
         self._unwritten: State | None = None
 
+    def require_place(self, *, force: bool) -> None:
+        """Refuse to begin anew over what the same command has found out before, and over any file that no run of bnctl has written. What was found out about
+        something else goes.
+
+        Args:
+            force: all that a run of bnctl has written may go.
+
+        Raises:
+            UsageError: there is such a file.
+        """
+        if self.path is None or not self.path.exists():
+            return
+        try:
+            with self.path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+                about = json.loads(str(archive["head"]))["about"]
+        except Exception:  # zipfile, numpy and json each have several for what is none of ours
+            about = None
+        if about is None:
+            raise UsageError(
+                f"{self.path} exists, and is not what an interrupted run leaves",
+                hint="what is known is kept there: move it away, or give another -o",
+            )
+        if about == self._about and not force:
+            raise UsageError(
+                f"{self.path} holds what the same command had found out before it was interrupted",
+                hint="go on with --resume, or begin anew with --force",
+            )
+
     def read(self) -> State | None:
         """What the file holds, None where there is none.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import islice
 from typing import TypeVar
 
 from bnctl.data.batches import Batches, CountedBatches, first_of
@@ -11,6 +12,9 @@ from bnctl.errors import UsageError
 from bnctl.recalibration.method import NoSamplesError
 
 T = TypeVar("T")
+
+SIZED = 3
+"""Batches that are looked at for their size."""
 
 PILOT_SAMPLES = 64
 """So many samples, at least, say how many are needed."""
@@ -25,13 +29,22 @@ def check_tolerance(tolerance: float | None) -> None:
     Raises:
         UsageError: it is not positive, or infinite, or no number.
     """
-    if tolerance is not None and not 0 < tolerance < math.inf:
+    if tolerance is not None and (
+        isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not 0 < tolerance < math.inf
+    ):
         raise UsageError(f"the tolerance of the means is {tolerance}", hint="it is a positive number, such as 0.01")
 
 
 def pilot(batches: Batches) -> int:
-    """Number of batches of the first run."""
-    return max(2, -(-PILOT_SAMPLES // first_of(batches).size))
+    """Number of batches of the first run, from the sizes of the first few: the very first may be smaller, or lack a sample that is held out.
+
+    Raises:
+        DataError: there is no batch.
+    """
+    sizes = [batch.size for _, batch in islice(batches.every(0, 1), SIZED)]
+    if not sizes:
+        first_of(batches)  # which says so
+    return max(2, math.ceil(PILOT_SAMPLES * len(sizes) / sum(sizes)))
 
 
 def part(batches: Batches, count: int | None) -> tuple[int, int | None]:

@@ -35,7 +35,8 @@ class InputSpec:
 
 def dtype_of(onnx_type: str) -> str:
     """numpy's name for a tensor type of ONNX Runtime: "tensor(float)" is "float32"."""
-    element = onnx_type.removeprefix("tensor(").removesuffix(")")
+    tensor = onnx_type.startswith("tensor(")
+    element = onnx_type.removeprefix("tensor(").removesuffix(")") if tensor else onnx_type
     return _NUMPY_NAMES.get(element, element)
 
 
@@ -93,7 +94,7 @@ def fit(value: Any, spec: InputSpec, model: str) -> NDArray[Any]:
     )
     if not fits:
         hint = "give inputs of that shape (--input, --data)"
-        if len(spec.shape) == array.ndim and isinstance(spec.shape[0], int) and spec.shape[0] != array.shape[0]:
+        if len(spec.shape) == array.ndim and isinstance(spec.shape[0], int) and 0 < spec.shape[0] != array.shape[0]:
             hint += f"; --batch-size {spec.shape[0]} makes such batches of the data"
         raise ModelError(f"{where}, got shape {list(array.shape)}", hint=hint)
     cast = _cast(array, spec.dtype)

@@ -145,7 +145,10 @@ class OrtRunner:
         for name, value in values.items():
             array = view(value)
             if array is None:
-                raise ModelError(f"{self.name}: output {name!r} is not a tensor", hint="bnctl compares tensors only")
+                raise ModelError(
+                    f"{self.name}: output {name!r} is not a tensor",
+                    hint="bnctl compares tensors only; bnctl fold --no-verify compares nothing",
+                )
             found[name] = np.array(array)
         return found
 
@@ -180,7 +183,8 @@ class OrtRunner:
         except Exception as error:  # the runtime's errors share no base class
             raise ModelError(
                 f"ONNX Runtime cannot load {self.name}: {_first_line(error)}",
-                hint="is the file whole, and does this onnxruntime know its opset and types?",
+                hint="is the file whole, and does this onnxruntime know its opset and types? Not all operators are there in float64 and bfloat16; "
+                "bnctl fold --no-verify runs nothing",
             ) from error
 
 

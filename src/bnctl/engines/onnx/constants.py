@@ -112,6 +112,20 @@ class Constants:
         for i, output in enumerate(node.outputs):
             self._arrays[output] = None if computed is None else np.asarray(computed[i])
 
+    def tie(self, value: ir.Value) -> tuple[str, int]:
+        """The stored array that a computed one is another form of, where others read it, too, and how many do; else an empty name."""
+        if value not in self or stored_tensor(value) is not None:
+            return "", 0
+        shape, behind = self.tensor_shape(value), _origins(value)
+        for origin in behind:
+            stored = origin.const_value if origin.is_initializer() else None
+            if stored is None or not stored.dtype.is_floating_point() or stored.size != math.prod(shape or ()):
+                continue
+            others = sum(1 for use in origin.uses() if behind.isdisjoint(use.node.outputs)) + origin.is_graph_output()
+            if others:
+                return str(origin.name), others
+        return "", 0
+
     def obstacle(self, value: ir.Value) -> Obstacle | None:
         """Why the array behind a value cannot be replaced by another; None where it can."""
         name = str(value.name)

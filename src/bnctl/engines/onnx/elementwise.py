@@ -54,8 +54,10 @@ def _batch_norm_obstacle(node: ir.Node, scope: Scope) -> Obstacle | None:
         return Obstacle("BN108", "its parameters cannot be evaluated")
     if not flag(node, "spatial", default=True):
         return Obstacle("BN116", "its statistics vary over positions (spatial=0)")
-    if (scope.rank(node.inputs[0]) or 0) < 2:
-        return Obstacle("BN116", f"the shape of {getattr(node.inputs[0], 'name', 'its input')} is not known")
+    rank = scope.rank(node.inputs[0])
+    if rank is None or rank < 2:
+        state = "has one axis, and no channels" if rank == 1 else "is of no known shape"
+        return Obstacle("BN116", f"{getattr(node.inputs[0], 'name', 'its input')} {state}")
     return None
 
 

@@ -218,8 +218,10 @@ class _Lifter:
         if value is None:
             return Slot(place.key, None)
         constants = self.scope.constants
-        places = len(value.uses()) + value.is_graph_output()
-        return Slot(place.key, constants.tensor_shape(value) or (), str(value.name), constants.obstacle(value), places)
+        origin, others = constants.tie(value)
+        places = len(value.uses()) + value.is_graph_output() + others
+        shape, obstacle = constants.tensor_shape(value) or (), constants.obstacle(value)
+        return Slot(place.key, shape, str(value.name), obstacle, places, origin)
 
     def _number(self, graph: ir.Graph, value: ir.Value) -> int:
         return self.numbers.setdefault((graph, value), len(self.numbers))

@@ -25,7 +25,7 @@ def activation_seen(x: NDArray[Any], axis: int = 1, *, chunk_elements: int = CHU
     Returns:
         Moments with shape (C,), NaN or infinite where `x` is.
     """
-    by_channel = np.moveaxis(x, axis, 1)
+    by_channel = np.moveaxis(x, axis, 1) if x.ndim > 1 else x[:, None]  # one axis: samples of a single channel
     samples, channels = by_channel.shape[:2]
     if not x.size:
         return Seen.nothing(channels)

@@ -168,12 +168,13 @@ class Part:
 
         Raises:
             DataError: the model fails on the batch.
+            ModelError: it cannot be loaded.
         """
         if not self._wanted:
             return feed
+        if self._runner is None:
+            self._runner = self._open(feed)
         try:
-            if self._runner is None:
-                self._runner = self._open(feed)
             computed = self._runner.run_values({**feed.values, **statistics})
         except ModelError as error:
             raise DataError(
