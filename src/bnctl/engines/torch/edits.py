@@ -9,6 +9,7 @@
 | `{"edit": "parameter", "module": "block", "name": "bias_0", "size": 64, "like": "weight"}` | gives a module a parameter of zeros |
 | `{"edit": "kernel", "module": "conv1", "kernel": [3, 3], "padding": [1, 1], "dilation": [1, 1]}` | gives a convolution another kernel size, and zeros in it |
 | `{"edit": "replay", "module": "block", "program": {...}}` | lets a module run a list of steps in the place of its code |
+| `{"edit": "bypass", "module": "", "nodes": {"mul_2": "conv2d"}}` | lets nodes of a graph of torch.export stand for others |
 | `{"edit": "untie", "parameter": "conv2.weight"}` | gives a shared parameter a copy of its own |
 | `{"edit": "tie", "parameter": "conv3.weight", "with": "conv2.weight"}` | lets a layer hold the parameter of another one |
 | `{"edit": "insert", "module": "conv1", "norm": "BatchNorm2d", "features": 64, "eps": 1e-05}` | hangs a norm below a layer |
@@ -23,9 +24,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from bnctl.engines.torch.bake import build
+from bnctl.engines.torch.exported import let_stand_for
 from bnctl.engines.torch.layers import (
     INSERTED,
     LastAxisBatchNorm,
@@ -193,6 +195,13 @@ def _replay(tree: _Tree, edit: Mapping[str, Any]) -> None:
     module.forward = Replay(module, Program.from_json(edit["program"]))
 
 
+def _bypass(tree: _Tree, edit: Mapping[str, Any]) -> None:
+    module = tree.model.get_submodule(edit["module"])
+    if not isinstance(module, fx.GraphModule):
+        raise TypeError(f"{edit['module'] or 'the model'} is no graph")
+    let_stand_for(module, edit["nodes"])
+
+
 _APPLY = {
     "remove": _remove,
     "bias": _bias,
@@ -201,6 +210,7 @@ _APPLY = {
     "ones": _ones,
     "parameter": _parameter,
     "replay": _replay,
+    "bypass": _bypass,
     "untie": _untie,
     "tie": _tie,
     "insert": _insert,

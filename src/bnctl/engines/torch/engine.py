@@ -20,7 +20,7 @@ from bnctl.engines.torch.edits import apply_edits
 from bnctl.engines.torch.layers import inserted_norm
 from bnctl.engines.torch.lift import Lifted, lift
 from bnctl.engines.torch.merge import apply_merges, is_stock, limits
-from bnctl.engines.torch.numbers import Others, has_numbers, reads_of_values, settle
+from bnctl.engines.torch.numbers import Others, reads_of_values, settle
 from bnctl.engines.torch.record import Trace, record
 from bnctl.engines.torch.state import keeping_state, snapshot
 from bnctl.engines.torch.surgery import apply_fold
@@ -84,8 +84,7 @@ class TorchEngine:
                 hint="register as a buffer what the forward counts or averages",
             )
         others = cache(lambda: _other_passes(module, batch))
-        if has_numbers(trace):
-            settle(trace, others())
+        settle(trace, others)
         lifted = lift(trace, others)
         return Captured(model, lifted.graph, _Native(module, lifted, modes), tuple(_notes(trace)))
 

@@ -25,7 +25,7 @@ from bnctl.engines.torch.numbers import Others, Passes
 from bnctl.engines.torch.program import Program
 from bnctl.engines.torch.readings import Readings, Room
 from bnctl.engines.torch.record import ALIASED_WRITE, ModuleCall, OpCall, Ref, Trace
-from bnctl.engines.torch.removal import Head, Removal, Splice, analyse
+from bnctl.engines.torch.removal import Bypass, Head, Removal, Splice, analyse
 from bnctl.engines.torch.strides import needs_memory
 from bnctl.engines.torch.translate import Operands, Translated, translate
 from bnctl.engines.torch.translate.table import argument
@@ -50,12 +50,12 @@ class Lifted:
     """
 
     graph: Graph
-    removals: dict[str, Removal | Splice]
+    removals: dict[str, Removal | Splice | Bypass]
     programs: dict[str, Program]
     rooms: dict[str, Room]
     bakes: dict[str, Bake]
     shown: dict[int, tuple[str, ...]]
-    drop: Callable[[Node, int], Splice | None]
+    drop: Callable[[Node, int], Splice | Bypass | None]
 
 
 def to_numpy(tensor: Tensor) -> Array:
@@ -87,7 +87,7 @@ class _Lifter(Operands):
         self.bakes = Bakes(self.calls)
         self.arrays: dict[int, Array] = {}
         self.analyses: dict[ModuleCall, tuple[Head, Removal] | None] = {}
-        self.removals: dict[str, Removal | Splice] = {}
+        self.removals: dict[str, Removal | Splice | Bypass] = {}
 
     # What the translation table asks for.
 
@@ -229,12 +229,12 @@ class _Lifter(Operands):
         found = self.readings.splice(node, call)
         if found is None:
             return None
-        step, splice = found
-        name = self._owner_of_statistics(call) or f"{node.layer}#{step}"
-        known = self.removals.get(name, Splice(splice.path, ()))
-        if not isinstance(known, Splice) or known.path != splice.path:
+        given, splice = found
+        name = self._owner_of_statistics(call) or given
+        known = self.removals.get(name, splice)
+        if isinstance(known, Removal) or type(known) is not type(splice) or known.path != splice.path:
             return None
-        self.removals[name] = Splice(splice.path, tuple(dict.fromkeys((*known.aliases, *splice.aliases))))
+        self.removals[name] = replace(splice, aliases=tuple(dict.fromkeys((*known.aliases, *splice.aliases))))  # type: ignore[arg-type]
         return replace(node, layer=name)
 
     def _analysed(self, call: ModuleCall) -> tuple[Head, Removal] | None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from bnctl.engines.torch.edits import Edit, apply_edits
 from bnctl.engines.torch.lift import Lifted, to_numpy
-from bnctl.engines.torch.surgery import replay_edits, room_edit, write
+from bnctl.engines.torch.surgery import code_edits, room_edit, write
 from bnctl.graph.affine import Array
 from bnctl.graph.graph import Node, Slot
 from bnctl.graph.ops import Conv
@@ -76,7 +76,7 @@ def apply_merges(model: nn.Module, lifted: Lifted, merges: tuple[Merge, ...]) ->
             edits.append({"edit": "kernel", "module": merge.into.layer} | {k: list(v) for k, v in sizes.items()})
     filled = [merge.into.bias.key for merge in merges if merge.into.bias is not None]
     dropped = [lifted.drop(*term.reader) for merge in merges for term in merge.terms]
-    edits += replay_edits(lifted, filled, [splice for splice in dropped if splice is not None])
+    edits += code_edits(lifted, filled, [part for part in dropped if part is not None])
     apply_edits(model, edits)
     for merge, arrays in zip(merges, parameters, strict=True):
         for slot, array in zip((merge.into.weight, merge.into.bias), arrays, strict=True):

@@ -2,7 +2,7 @@
 
 ``x * 0.5`` and ``x / math.sqrt(x.shape[-1])`` look the same to a recorder, as do a padding of 1 and one that is computed from the size. A number counts as a
 constant of the model where further passes, over inputs of another batch size, other spatial sizes and other values, do the same operators with the same
-numbers, and nothing in the pass read the values of tensors.
+numbers, and nothing in the pass read the values of tensors. In an exported graph, what is written as a number is one.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from bnctl.engines.torch.exported import written_numbers
 from bnctl.engines.torch.record import READ, OpCall, Ref, TensorInfo, Trace
 
 _ARITHMETIC = frozenset(
@@ -77,23 +78,21 @@ class Passes:
         return bool(self._others().traces) and place not in self.settled
 
 
-def has_numbers(trace: Trace) -> bool:
-    """Whether further passes could settle any number in arithmetic."""
-    return any(True for _ in _operands(trace)) and not any(True for _ in reads_of_values(trace))
-
-
-def settle(trace: Trace, others: Others) -> None:
-    """Let numbers in arithmetic that no pass changes be constants: values of their own, as if they were parameters.
+def settle(trace: Trace, others: Callable[[], Others]) -> None:
+    """Let numbers in arithmetic that no pass changes be constants: values of their own, as if they were parameters. So are those that are written in an
+    exported graph.
 
     Args:
         trace: the record; changed in place.
-        others: further passes.
+        others: further passes, made where they could settle any number.
     """
-    if not others.telling:
-        return
-    settled = settled_operators(trace, others)
-    for index, position in list(_operands(trace)):
-        if index in settled:
+    operands = list(_operands(trace))
+    written = written_numbers(trace) if operands else set()
+    settled: set[int] = set()
+    if not written.issuperset(operands) and not any(True for _ in reads_of_values(trace)):
+        settled = settled_operators(trace, others()) if others().telling else set()
+    for index, position in operands:
+        if index in settled or (index, position) in written:
             call = trace.ops[index]
             args = (*call.args[:position], _constant(call.args[position], trace), *call.args[position + 1 :])
             trace.ops[index] = replace(call, args=args)
@@ -121,9 +120,9 @@ def _settings(call: OpCall, numbers: Mapping[int, int | float]) -> Any:
             return [bare(item) for item in tree]
         if isinstance(tree, dict):
             return {key: bare(item) for key, item in tree.items()}
-        return type(tree), None if isinstance(
-            tree, torch.ScriptObject
-        ) else tree  # packed weights: no numbers, and not to be compared
+        if isinstance(tree, torch.ScriptObject):  # packed weights are no number, and not to be compared
+            return torch.ScriptObject
+        return type(tree), tree
 
     return bare((call.args, call.kwargs))
 

@@ -14,6 +14,7 @@ from typing import Any
 from torch import fx, nn
 
 from bnctl.engines.torch.calls import Calls, join
+from bnctl.engines.torch.exported import nodes_of
 from bnctl.engines.torch.hooks import watched_at_entry
 from bnctl.engines.torch.numbers import Passes
 from bnctl.engines.torch.program import (
@@ -27,7 +28,7 @@ from bnctl.engines.torch.program import (
     values_in,
 )
 from bnctl.engines.torch.record import ALIASED_WRITE, ModuleCall, OpCall, Ref
-from bnctl.engines.torch.removal import Splice
+from bnctl.engines.torch.removal import Bypass, Splice
 from bnctl.graph.graph import Node, Slot
 
 
@@ -60,25 +61,42 @@ class Readings:
         self.programs: dict[str, Program] = {}
         self.rooms: dict[str, Room] = {}
         self._found: dict[ModuleCall, Reading | None] = {}
+        self._nodes: dict[ModuleCall, dict[int, str]] = {}
 
-    def splice(self, node: Node, call: OpCall) -> tuple[int, Splice] | None:
-        """How to let the code around an affine operator go on without it, and the step that it is; None where that cannot be done."""
+    def splice(self, node: Node, call: OpCall) -> tuple[str, Splice | Bypass] | None:
+        """How to let the code around an affine operator go on without it, and a name for that operator; None where that cannot be done."""
         info = self.calls.trace.info
         source, result = node.inputs[0], node.outputs[0]
-        reading = self._holding(call)
-        if reading is None or info[source] != info[result]:  # nothing is left that would convert
+        if info[source] != info[result]:  # nothing is left that would convert
             return None
-        return reading.steps[id(call)], self._splice(call, reading, result, source)
+        if isinstance(call.within.module, fx.GraphModule):
+            bypass = self._bypass(call, result, source)
+            return None if bypass is None else (join(bypass.path, bypass.aliases[0][0]), bypass)
+        reading = self._holding(call)
+        if reading is None:
+            return None
+        return f"{node.layer}#{reading.steps[id(call)]}", self._splice(call, reading, result, source)
 
-    def drop(self, node: Node, index: int) -> Splice | None:
+    def drop(self, node: Node, index: int) -> Splice | Bypass | None:
         """How to leave an input out of a sum of two, by position; None where the code around it cannot be told, or is called more than once."""
-        call = self.calls.trace.ops[node.id]
-        reading, info = self._holding(call), self.calls.trace.info
+        call, info = self.calls.trace.ops[node.id], self.calls.trace.info
         other = node.inputs[1 - index] if len(node.inputs) == 2 else None
         once = len(self.calls.of[id(call.within.module)]) == 1
-        if reading is None or other is None or not once or info[other] != info[node.outputs[0]]:
+        if other is None or not once or info[other] != info[node.outputs[0]]:
             return None
-        return self._splice(call, reading, node.outputs[0], other)
+        if isinstance(call.within.module, fx.GraphModule):
+            return self._bypass(call, node.outputs[0], other)
+        reading = self._holding(call)
+        return None if reading is None else self._splice(call, reading, node.outputs[0], other)
+
+    def _bypass(self, call: OpCall, result: int, source: int) -> Bypass | None:
+        within = call.within
+        if within not in self._nodes:
+            self._nodes[within] = (None if within.path is None else nodes_of(within, self.calls)) or {}
+        names = self._nodes[within]
+        if result not in names or source not in names:
+            return None
+        return Bypass(within.path or "", ((names[result], names[source]),))
 
     def _splice(self, call: OpCall, reading: Reading, result: int, source: int) -> Splice:
         path = call.within.path or ""

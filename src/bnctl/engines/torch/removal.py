@@ -44,6 +44,14 @@ class Splice:
     aliases: tuple[tuple[int, int], ...]
 
 
+@dataclass(frozen=True)
+class Bypass:
+    """Let the graph module at ``path`` go on without some of its nodes: others, by name, stand for them."""
+
+    path: str
+    aliases: tuple[tuple[str, str], ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Head:
     """The affine part of a module call: its whole map, the value it reads, the value it makes, the operators it consists of."""

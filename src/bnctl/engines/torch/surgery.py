@@ -10,7 +10,7 @@ from torch import nn
 from bnctl.engines.torch.edits import Edit as Structural
 from bnctl.engines.torch.edits import apply_edits, removal_edit
 from bnctl.engines.torch.lift import Lifted, stored, to_numpy
-from bnctl.engines.torch.removal import Removal, Splice
+from bnctl.engines.torch.removal import Bypass, Removal, Splice
 from bnctl.graph.affine import Array
 from bnctl.graph.graph import Node, Slot
 from bnctl.graph.ops import LinearOp
@@ -63,7 +63,7 @@ def apply_fold(model: nn.Module, lifted: Lifted, plan: FoldPlan) -> list[Structu
     spent = [lifted.removals[layer] for layer in dict.fromkeys(node.layer for node in plan.removed)]
     removals = [removal_edit(removal) for removal in spent if isinstance(removal, Removal)]
     filled = [edit.node.bias.key for edit in plan.edits if edit.node.bias is not None]
-    removals += replay_edits(lifted, filled, [splice for splice in spent if isinstance(splice, Splice)])
+    removals += code_edits(lifted, filled, [part for part in spent if not isinstance(part, Removal)])
     apply_edits(model, removals)
     return edits + removals
 
@@ -78,24 +78,31 @@ def room_edit(node: Node, lifted: Lifted) -> Structural:
     return {"edit": "parameter", "module": path, "name": name, "size": size, "like": node.weight.key}
 
 
-def replay_edits(lifted: Lifted, filled: Iterable[str], splices: Iterable[Splice]) -> list[Structural]:
+def code_edits(lifted: Lifted, filled: Iterable[str], spent: Iterable[Splice | Bypass]) -> list[Structural]:
     """What becomes of the code of modules.
 
     Args:
         lifted: the model.
         filled: names of parameters that fill a place for a bias in such code.
-        splices: what is taken out of it.
+        spent: what is taken out of it.
     """
     biases: dict[str, dict[int, tuple[str, int | None]]] = {}
     for room, key in ((lifted.rooms[key], key) for key in filled if key in lifted.rooms):
         biases.setdefault(room.path, {})[room.step] = (key.rpartition(".")[2], room.behind)
     programs = {path: lifted.programs[path].biased(found) for path, found in biases.items()}
     aliases: dict[str, dict[int, int]] = {}
-    for splice in splices:
-        aliases.setdefault(splice.path, {}).update(splice.aliases)
+    nodes: dict[str, dict[str, str]] = {}
+    for part in spent:
+        if isinstance(part, Bypass):
+            nodes.setdefault(part.path, {}).update(part.aliases)
+        else:
+            aliases.setdefault(part.path, {}).update(part.aliases)
     for path, values in aliases.items():
         programs[path] = programs.get(path, lifted.programs[path]).without(values)
-    return [{"edit": "replay", "module": path, "program": p.to_json()} for path, p in programs.items()]
+    return [
+        *({"edit": "replay", "module": path, "program": p.to_json()} for path, p in programs.items()),
+        *({"edit": "bypass", "module": path, "nodes": names} for path, names in nodes.items()),
+    ]
 
 
 def write(model: nn.Module, slot: Slot, array: Array, layer: str) -> None:
