@@ -264,3 +264,16 @@ def test_a_group_norm_with_a_scale_per_group_takes_nothing_in() -> None:
     v = net.add("GroupNormalization", net.add("Exp", "x"), net.normal(2), net.normal(2), num_groups=2)
     _, found = fold(net.model(net.bn(v, 4, out="norm")))
     assert found == {"n_norm": "BN103"}
+
+
+@pytest.mark.parametrize("kind", ["Max", "Min"])
+@pytest.mark.parametrize("positive", [True, False])
+def test_the_larger_of_several_takes_positive_scales(kind: str, positive: bool) -> None:
+    net = Net(FREE, 3, 8, 8)
+    v = net.add(kind, *(net.conv("x", 3, 4) for _ in range(3)))
+    gamma = np.abs(net.normal(4)) + 0.1
+    net.add("BatchNormalization", v, gamma if positive else -gamma, net.normal(4), net.normal(4), np.ones(4), out="y")
+    if positive:
+        all_folded(net, "y")
+    else:
+        left(net, "BN113", "y")

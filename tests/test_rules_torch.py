@@ -489,3 +489,25 @@ def test_a_norm_that_stays_takes_a_batch_norm_in(norm: Callable[[], nn.Module], 
 def test_a_norm_without_a_place_for_scale_and_shift_takes_nothing_in(norm: Callable[[], nn.Module], last: bool) -> None:
     model = InstanceOrBatch(norm(), last=last)
     assert fold_of(model, (4, 5, 6))["bn"] == "BN103"
+
+
+@pytest.mark.parametrize("larger", [torch.maximum, torch.minimum, torch.max, torch.min])
+@pytest.mark.parametrize("positive", [True, False])
+def test_the_larger_of_two_takes_positive_scales(larger: Forward, positive: bool) -> None:
+    norm = bn(4)
+    model = Net(lambda s, x: s.n(larger(s.a(x), s.b(x))), a=nn.Conv2d(4, 4, 3), b=nn.Conv2d(4, 4, 3), n=norm)
+    randomise(model)
+    with torch.no_grad():
+        norm.weight.copy_(norm.weight.abs() if positive else -1 - norm.weight.abs())
+    model.double()
+    batches = [torch.randn(n, *X, dtype=torch.float64) for n in (2, 1)]
+    result = bnctl.fold(model, batches[0], verify=False)
+    assert [s.code for s in result.report.sites] == [None if positive else "BN113"]
+    for x in batches:
+        assert error(outputs(model, x), outputs(result.model, x)) < 1e-10
+
+
+def test_the_larger_of_a_value_and_a_constant_stays() -> None:
+    floor = nn.Parameter(torch.zeros(4, 1, 1))
+    model = Net(lambda s, x: s.n(torch.maximum(s.a(x), s.floor)), a=nn.Conv2d(4, 4, 3), n=bn(4), floor=floor)
+    assert fold_of(model) == {"n": "BN116"}

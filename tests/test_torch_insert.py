@@ -208,7 +208,7 @@ def test_functional_norm_in_an_exported_graph_is_left() -> None:
     model = Net(lambda s, x: s.f(x), f=FunctionalBN()).eval()
     graph = exported(model, image())
     assert type(workable(graph, "graph")).__name__.endswith("Module")
-    assert codes(bnctl.fold(graph, image())) == {"f": "BN109"}
+    assert codes(bnctl.fold(graph, image())) == {"f": "BN118"}
 
 
 class Counting(nn.Module):

@@ -37,6 +37,7 @@ class Result:
     model: Any
     report: Report
     _model: Model
+    _example: Batch | None = None
 
     def save(
         self, output: str | os.PathLike[str], *, inputs: Any = None, factory: str | None = None, force: bool = False
@@ -45,7 +46,7 @@ class Result:
 
         Args:
             output: its form decides the format.
-            inputs: example inputs, for `.onnx` and `.pt2` of a torch model.
+            inputs: example inputs, for `.onnx` and `.pt2` of a torch model; by default those that the surgery was given.
             factory: ``"package.module:callable"`` that builds the model that went in, for a bundle of a model that came as an object.
             force: replace an existing output.
 
@@ -62,7 +63,9 @@ class Result:
             model = replace(model, origin=Origin(factory, {}, model.origin.edits))
         if model.origin is not None and not model.origin.factory:
             model = replace(model, origin=None)
-        save_model(model, Path(output), example=None if inputs is None else as_example(inputs), force=force)
+        path = Path(output)
+        known = self._example if path.suffix in {".onnx", ".pt2"} else None
+        save_model(model, path, example=known if inputs is None else as_example(inputs), force=force)
 
 
 def fold(
@@ -98,15 +101,16 @@ def fold(
         ModelError: the model cannot be captured.
     """
     opened = as_model(model)
+    example = _example(opened, inputs)
     outcome = fold_model(
         opened,
-        _example(opened, inputs),
+        example,
         selection=Selection(where, skip),
         options=FoldOptions(merge_branches, untie, freeze_initializers, pad_exact),
         tolerance=tolerance,
         verify=verify,
     )
-    return Result(_as_given(model, outcome.model), outcome.report, outcome.model)
+    return Result(_as_given(model, outcome.model), outcome.report, outcome.model, example)
 
 
 def insert(

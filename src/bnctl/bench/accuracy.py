@@ -257,7 +257,7 @@ def _count(counts: _Counts, scores: Sequence[NDArray[Any]], batch: Batch) -> Non
 def _checked(labels: NDArray[Any], classes: int) -> NDArray[np.int64]:
     if labels.size and not 0 <= labels.min() <= labels.max() < classes:
         raise DataError(
-            f"labels reach from {labels.min()} to {labels.max()}, the models know classes 0 to {classes - 1}",
+            f"the labels of a batch reach from {labels.min()} to {labels.max()}, the models know classes 0 to {classes - 1}",
             hint="labels count from 0, in the order of the model's classes",
         )
     return labels.astype(np.int64)

@@ -120,7 +120,7 @@ def evaluate(
         judged = [(judge(a.flips, a.flips, gate.limit), f"{a.candidate}: {a.flips} of {a.samples}") for a in agreement]
     else:
         rows = [row for row in accuracy if f"{row.metric}.drop" == gate.metric]
-        judged = [(_drop_verdict(row, gate.limit), _drop_detail(row)) for row in rows]
+        judged = [(_drop_verdict(row, gate.limit), _drop_detail(row, gate.limit)) for row in rows]
     if not judged:
         raise UsageError(
             f"gate {gate.expression!r}: {gate.metric} was not measured",
@@ -143,11 +143,17 @@ def _drop_verdict(row: AccuracyRow, limit_pp: float) -> Verdict:
     return judge(-100 * row.paired.high, -100 * row.paired.low, limit_pp)
 
 
-def _drop_detail(row: AccuracyRow) -> str:
+def _drop_detail(row: AccuracyRow, limit_pp: float) -> str:
     drop, low, high = (-100 * value for value in (row.paired.difference, row.paired.high, row.paired.low))
+    more = ""
+    if low <= limit_pp < high:
+        room = limit_pp - drop
+        falls = 2 if row.paired.lost + row.paired.gained else 1  # with the root of the number of samples; where none disagree, with the number
+        samples = math.ceil(row.paired.samples * ((high - drop) / room) ** falls) if room > 0 else 0
+        more = f": it takes about {samples:,} samples" if samples else ": more samples will hardly help"
     return (
         f"{row.candidate}: {row.metric} drop {drop:z.2f} points, 95 % interval [{low:z.2f}, {high:z.2f}], "
-        f"{row.paired.lost} lost and {row.paired.gained} gained of {row.paired.samples}"
+        f"{row.paired.lost} lost and {row.paired.gained} gained of {row.paired.samples}{more}"
     )
 
 

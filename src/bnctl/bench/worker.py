@@ -85,6 +85,7 @@ def _time(
             runner: Runner = open_runner(model, optimised=optimised, threads=options.threads, device=options.device)
             call = stack.enter_context(runner.prepared(batch))
             call()
+            call.renew()
             calls.append(call)
         stage_file(spec.result).write_text(" or ".join(asked.word for asked in spec.models))
         return time_in_turns(calls, schedule, rng)

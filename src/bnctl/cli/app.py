@@ -16,6 +16,7 @@ import typer
 from bnctl.cli import config, options
 from bnctl.cli.common import reporting
 from bnctl.cli.output import (
+    end_in_order,
     flushed,
     open_closed_streams,
     progress_bar,
@@ -255,7 +256,10 @@ def bench(
     ] = None,
     no_latency: Annotated[bool, typer.Option("--no-latency", help="accuracy only")] = False,
     no_accuracy: Annotated[bool, typer.Option("--no-accuracy", help="latency only")] = False,
-    processes: Annotated[int, typer.Option("--processes", min=2, help="worker processes to begin with")] = 5,
+    processes: Annotated[
+        int | None,
+        typer.Option("--processes", min=2, help="worker processes to begin with; 5, or fewer by --max-processes"),
+    ] = None,
     max_processes: Annotated[int, typer.Option("--max-processes", min=2, help="when to give up on the precision")] = 15,
     precision: Annotated[
         float, typer.Option("--precision", min=0.0001, help="half width of the interval of the ratio")
@@ -268,8 +272,8 @@ def bench(
     how = LatencyOptions(
         threads=setup.threads,
         device=setup.device,
-        processes=processes,
-        max_processes=max(processes, max_processes),
+        processes=min(5, max_processes) if processes is None else processes,
+        max_processes=max_processes,
         precision=precision,
         seed=setup.seed,
     )
@@ -333,6 +337,7 @@ def main(arguments: list[str] | None = None) -> None:
     open_closed_streams()
     write_any_character()
     gc.set_threshold(50_000, 20, 50)  # graphs are many objects and few cycles
+    end_in_order()
     code = run(sys.argv[1:] if arguments is None else arguments)
     gc.freeze()  # the process ends: nothing is gained by looking through a model once more
     sys.exit(flushed(code))

@@ -84,8 +84,10 @@ FOLD = (
          """),
     Code("BN108", "weight is computed",
          "The weight of the linear operator is not a stored parameter but is computed in every pass, by code that bnctl cannot replace with a "
-         "layer that stores the result (for weight_norm, spectral_norm and standardised convolutions it can).",
-         "Bake the computed weight in first: torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.remove_weight_norm.",
+         "layer that stores the result (for weight_norm, spectral_norm and standardised convolutions it can); or torch.autocast, in the forward of the model, "
+         "casts it in every pass. insert leaves all layers with computed weights: a norm behind one could not be folded back.",
+         "Bake the computed weight in first: torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.remove_weight_norm. "
+         "Take autocast out of the forward: it can be put around the folded model.",
          example="""
          class Net(nn.Module):
              def __init__(self):

@@ -124,7 +124,7 @@ class Setup:
             workers=self.workers,
         )
 
-    def example(self, model: Model, *, run: bool = True) -> Batch:
+    def example(self, model: Model, *, run: bool = True, other: Model | None = None) -> Batch:
         """The inputs on which a model is looked at; none where an ONNX graph is only read.
 
         Drawn at random as `--input` says, else the first batch of `--data`; else drawn at random, as an ONNX model's signature says, or a bundle's record; else
@@ -133,6 +133,7 @@ class Setup:
         Args:
             model: the model.
             run: whether it will be run; a torch model always is.
+            other: a model that is to take the same inputs, where they are drawn.
 
         Raises:
             UsageError: none of these is there.
@@ -144,13 +145,16 @@ class Setup:
             return Batch()
 
         if self.inputs:
+            if self.data is not None:
+                self.batches()  # which sees whether there are such data
             return random_batch(self.inputs, seed=self.seed)
         if self.data is not None:
             return next(iter(self.batches()))
         if model.kind == "onnx":
             from bnctl.engines.onnx.signature import input_specs
 
-            specs = input_specs(model.native, model.word)
+            sizes = other.native if other is not None and other.kind == "onnx" else None
+            specs = input_specs(model.native, model.word, sizes)
             return random_batch(specs, seed=self.seed) if specs else Batch()
         if model.origin is not None and model.origin.inputs:
             return random_batch([parse_input(word) for word in model.origin.inputs], seed=self.seed)

@@ -35,7 +35,7 @@ def run_verify(baseline: str, candidate: str, setup: Setup, *, tolerance: float 
     before, after = setup.open_all(baseline, candidate)
     first, second = open_runner(before, device=setup.device), open_runner(after, device=setup.device)
 
-    example = setup.example(before)
+    example = setup.example(before, other=after)
     notes: list[str] = []
 
     def batches() -> Iterator[Batch]:

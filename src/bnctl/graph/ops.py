@@ -257,6 +257,18 @@ class Product(Op):
 
 
 @dataclass(frozen=True)
+class Extremum(Op):
+    """``y = max(x0, x1, ...)``, or the minimum, of values that are broadcast against each other."""
+
+    kind: Literal["max", "min"]
+
+    @property
+    def label(self) -> str:
+        """What a user calls it."""
+        return f"{self.kind}imum"
+
+
+@dataclass(frozen=True)
 class MatMul(Op):
     """``y = a @ b`` of two values: each row of y is a weighted sum of rows of b."""
 

@@ -201,7 +201,10 @@ def _program(model: Model, example: Batch | None, static_batch: bool) -> Any:
     if model.program is not None:
         return model.program
     if example is None:
-        raise UsageError("an exported graph needs example inputs", hint="give --input 1x3x224x224 or --data")
+        raise UsageError(
+            "an exported graph needs example inputs",
+            hint="give --input 1x3x224x224 or --data; in Python, save(..., inputs=...)",
+        )
     module: Any = model.native
     dynamic = exported_axes(module) if model.dynamic_axes is None else model.dynamic_axes
     any_batch = not static_batch and (dynamic is None or any(0 in axes for axes in dynamic))
@@ -223,7 +226,13 @@ def _write_pt2(model: Model, path: Path, example: Batch | None, force: bool, sta
 
     program = _program(model, example, static_batch)
     with atomic_path(path, force=force) as new, quiet():
-        torch.export.save(program, new)
+        try:
+            torch.export.save(program, new)
+        except NotImplementedError as error:  # containers of the user's own
+            raise ModelError(
+                f"torch.export cannot write {model.word}: {str(error).strip().splitlines()[0]}",
+                hint="let its forward take and return tensors, in tuples, lists or dicts; or write .onnx or a bundle (-o folder/)",
+            ) from error
 
 
 def _write_bundle(model: Model, path: Path, example: Batch | None, force: bool) -> None:

@@ -3,7 +3,7 @@
 A bundle names its factory, and calling it is running code: `{"factory": "os:system"}` must not run. Without a word from the user
 (`--trust`, or the factory given on the command line) a factory of a bundle is called only when it is one of these:
 
-1. It matches a pattern in the user's own configuration (`trusted_factories`, e.g. `"my_nets:*"`).
+1. It matches a pattern in the user's own configuration (`trusted-factories`, e.g. `"my_nets:*"`).
 2. The bundle was written by this user's bnctl, here: its `bnctl.json` is on record (:mod:`bnctl.models.written`).
 3. It is a model builder that torchvision or timm itself registers, or an `nn.Module` class defined in their model packages; the package
    must be the installed one, not a folder of that name in the current directory. Other functions in there (that download, load
@@ -136,5 +136,5 @@ def _is_installed(root: str) -> bool:
 def _untrusted(factory: str, why: str) -> UntrustedError:
     return UntrustedError(
         f"{factory} {why}, and a bundle may not run what it names",
-        hint="if you trust this bundle: --trust, or name the factory yourself, or list it under trusted_factories in your configuration",
+        hint="if you trust this bundle: --trust, or name the factory yourself, or list it under trusted-factories in your configuration",
     )

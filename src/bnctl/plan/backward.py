@@ -190,6 +190,13 @@ def _(op: ops.Product, node: Node, graph: Graph, output: int, m: AffineMap) -> M
 
 
 @backward.register
+def _(op: ops.Extremum, node: Node, graph: Graph, output: int, m: AffineMap) -> Move:
+    # s*max(a, b) + t = max(s*a + t, s*b + t) for s >= 0: all operands take the whole.
+    whole = monotonic(op, node, graph, m) or _narrowed(m, node, graph)
+    return whole if isinstance(whole, Obstacle) else Pass(tuple(whole))
+
+
+@backward.register
 def _(op: ops.MatMul, node: Node, graph: Graph, output: int, m: AffineMap) -> Move:
     # s*(A b) = A (s*b), and t = A t where the rows of A sum to one.
     if np.any(m.shift) and not _rows_sum_to_one(node.inputs[0], graph):
@@ -308,9 +315,11 @@ def along_channels(op: ops.Average | ops.MaxPool, node: Node, graph: Graph, m: A
     return monotonic(op, node, graph, m) or Pass(((target, m),))
 
 
-def monotonic(op: ops.Average | ops.MaxPool | ops.Reduce, node: Node, graph: Graph, m: AffineMap) -> Obstacle | None:
+def monotonic(
+    op: ops.Average | ops.MaxPool | ops.Reduce | ops.Extremum, node: Node, graph: Graph, m: AffineMap
+) -> Obstacle | None:
     """A maximum or minimum lets only scales >= 0 through."""
-    if not (isinstance(op, ops.MaxPool) or (isinstance(op, ops.Reduce) and op.kind in {"max", "min"})):
+    if not (isinstance(op, ops.MaxPool | ops.Extremum) or (isinstance(op, ops.Reduce) and op.kind in {"max", "min"})):
         return None
     if any(_is_read(value, graph) for value in node.outputs[1:]) and np.any(m.scale == 0):
         return Obstacle("BN119", f"a scale is 0, and {node.layer} also returns where its maxima are")

@@ -18,6 +18,7 @@ _TRANSPARENT = (
     ops.Concat,
     ops.Select,
     ops.Sum,
+    ops.Extremum,
     ops.Average,
     ops.MaxPool,
     ops.Reduce,

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal
 
-from bnctl.runtime.runner import Runner
+from bnctl.runtime.runner import Prepared, Runner
 from bnctl.runtime.trace import Trace
 
 if TYPE_CHECKING:
@@ -76,6 +76,6 @@ class Ahead:
         """See :meth:`Runner.perturbed`."""
         return self._runner.perturbed(step)
 
-    def prepared(self, batch: Batch) -> AbstractContextManager[Callable[[], object]]:
+    def prepared(self, batch: Batch) -> AbstractContextManager[Prepared]:
         """See :meth:`Runner.prepared`."""
         return self._runner.prepared(batch)

@@ -95,7 +95,9 @@ def fit(value: Any, spec: InputSpec, model: str) -> NDArray[Any]:
     if not fits:
         hint = "give inputs of that shape (--input, --data)"
         if len(spec.shape) == array.ndim and isinstance(spec.shape[0], int) and 0 < spec.shape[0] != array.shape[0]:
-            hint += f"; --batch-size {spec.shape[0]} makes such batches of the data"
+            hint += (
+                f"; --batch-size {spec.shape[0]} makes such batches of the data (--limit leaves out a smaller last one)"
+            )
         raise ModelError(f"{where}, got shape {list(array.shape)}", hint=hint)
     cast = _cast(array, spec.dtype)
     if cast is None:

@@ -17,6 +17,7 @@ from bnctl.errors import ModelError, UsageError
 from bnctl.runtime import arena, onnx_source
 from bnctl.runtime.feeds import InputSpec, dtype_of, match_inputs
 from bnctl.runtime.onnx_source import OnnxSource
+from bnctl.runtime.runner import Prepared
 from bnctl.runtime.trace import Trace
 
 if TYPE_CHECKING:
@@ -117,10 +118,17 @@ class OrtRunner:
         return Trace(inner, exposed.parents, exposed.outputs)
 
     @contextmanager
-    def prepared(self, batch: Batch) -> Iterator[Callable[[], object]]:
+    def prepared(self, batch: Batch) -> Iterator[Prepared]:
         """A call that runs the session on inputs that are converted already; outputs stay in the runtime's memory."""
         feeds = self._feeds(batch)
-        yield lambda: self._session.run_with_ort_values(None, feeds)
+
+        def call() -> object:
+            try:
+                return self._session.run_with_ort_values(None, feeds)
+            except Exception as error:  # the runtime's errors share no base class
+                raise self._fails(feeds, error) from error
+
+        yield Prepared(call)
 
     def _feeds(self, batch: Batch) -> dict[str, onnxruntime.OrtValue]:
         arrays = match_inputs(batch, self._required, self._optional, self.name)
@@ -133,11 +141,14 @@ class OrtRunner:
         try:
             return dict(zip(names, session.run_with_ort_values(names, feeds), strict=True))
         except Exception as error:  # the runtime's errors share no base class
-            shapes = {name: value.shape() for name, value in feeds.items()}
-            raise ModelError(
-                f"{self.name} fails on inputs of shape {shapes}: {_first_line(error)}",
-                hint="check that the model takes inputs of this shape (a batch size may be fixed inside it)",
-            ) from error
+            raise self._fails(feeds, error) from error
+
+    def _fails(self, feeds: Mapping[str, onnxruntime.OrtValue], error: Exception) -> ModelError:
+        shapes = {name: value.shape() for name, value in feeds.items()}
+        return ModelError(
+            f"{self.name} fails on inputs of shape {shapes}: {_first_line(error)}",
+            hint="check that the model takes inputs of this shape (a batch size may be fixed inside it)",
+        )
 
     def _copied(self, values: Mapping[str, onnxruntime.OrtValue]) -> dict[str, NDArray[Any]]:
         """Outputs as arrays of their own: an output may share its memory with an input, or with the session."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from numpy.typing import NDArray
@@ -68,13 +69,34 @@ class Runner(Protocol):
         """A copy in which every float parameter and buffer is `step` larger or smaller, relative to itself; None where there is none."""
         ...
 
-    def prepared(self, batch: Batch) -> AbstractContextManager[Callable[[], object]]:
+    def prepared(self, batch: Batch) -> AbstractContextManager[Prepared]:
         """A call without arguments that runs the model and nothing else: inputs are converted beforehand, for timing.
 
         Raises:
             ModelError: as for :meth:`run`.
         """
         ...
+
+
+def _nothing() -> None:
+    """Inputs are as they were."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Runs a model on inputs that are there.
+
+    Args:
+        run: the model, and nothing else.
+        renew: to be called between runs: gives the inputs the values that they had, where the model has written into them.
+    """
+
+    run: Callable[[], object]
+    renew: Callable[[], None] = _nothing
+
+    def __call__(self) -> object:
+        """Run the model."""
+        return self.run()
 
 
 def open_runner(model: Model, *, optimised: bool = False, threads: int = 1, device: str = "cpu") -> Runner:
@@ -97,4 +119,4 @@ def open_runner(model: Model, *, optimised: bool = False, threads: int = 1, devi
         return OrtRunner(native, optimised=optimised, threads=threads, device=device, name=model.word)
     from bnctl.runtime.torch import TorchRunner
 
-    return TorchRunner(native, device=device)
+    return TorchRunner(native, device=device, name=model.word)

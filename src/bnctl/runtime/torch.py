@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from bnctl.errors import ModelError, UsageError
+from bnctl.runtime.runner import Prepared
 from bnctl.runtime.tensors import as_tensors, hint_of
 from bnctl.runtime.trace import Trace
 
@@ -40,6 +41,7 @@ class TorchRunner:
     Args:
         module: the model.
         device: "cpu", "cuda", "cuda:1", ...
+        name: what to call it in errors; by default its class.
 
     Raises:
         UsageError: torch has no such device here.
@@ -47,7 +49,8 @@ class TorchRunner:
 
     kind: Literal["onnx", "torch"] = "torch"
 
-    def __init__(self, module: torch.nn.Module, *, device: str = "cpu") -> None:
+    def __init__(self, module: torch.nn.Module, *, device: str = "cpu", name: str | None = None) -> None:
+        self._name = name or type(module).__name__
         try:
             self._device = torch.device(device)
             self._module = module.to(self._device)
@@ -132,15 +135,26 @@ class TorchRunner:
             return None
 
     @contextmanager
-    def prepared(self, batch: Batch) -> Iterator[Callable[[], object]]:
+    def prepared(self, batch: Batch) -> Iterator[Prepared]:
         """A call that runs the module on tensors made beforehand, and on a GPU waits for the result."""
         args, kwargs = as_tensors(batch, self._module, self._device)
+        state = _state_of((args, kwargs))
+
+        def renew() -> None:
+            nonlocal args, kwargs, state
+            if _state_of((args, kwargs)) != state:
+                args, kwargs = as_tensors(batch, self._module, self._device)
+                state = _state_of((args, kwargs))
 
         def call() -> object:
             try:
                 output = self._module(*args, **kwargs)
                 if self._device.type == "cuda":
                     torch.cuda.synchronize(self._device)
+            except SystemExit as error:
+                raise ModelError(
+                    f"the forward of {self._name} calls sys.exit({error.code!r})", hint="take it out"
+                ) from error
             except Exception as error:  # whatever the user's code raises
                 raise ModelError(
                     f"{self._name} fails on inputs {_shapes(args, kwargs)}: {type(error).__name__}: {error}",
@@ -149,22 +163,24 @@ class TorchRunner:
             return output
 
         with evaluating(self._module), torch.no_grad():
-            yield call
-
-    @property
-    def _name(self) -> str:
-        return type(self._module).__name__
+            yield Prepared(call, renew)
 
 
 class _Float64Runner(TorchRunner):
     @contextmanager
-    def prepared(self, batch: Batch) -> Iterator[Callable[[], object]]:
+    def prepared(self, batch: Batch) -> Iterator[Prepared]:
         def widen(value: Any) -> Any:
             return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
         args, kwargs = pytree.tree_map(widen, (tuple(batch.args), dict(batch.kwargs)))
         with super().prepared(dataclasses.replace(batch, args=args, kwargs=kwargs)) as call:
             yield call
+
+
+def _state_of(inputs: Any) -> list[Any]:
+    """What changes when a model writes into its inputs: versions and sizes of tensors, and what containers hold."""
+    leaves = pytree.tree_leaves(inputs)
+    return [(id(x), x._version, x.shape) if isinstance(x, torch.Tensor) and not x.is_inference() else x for x in leaves]
 
 
 @contextmanager

@@ -130,6 +130,12 @@ def _sum(node: ir.Node, scope: Scope) -> Translated | None:
     )
 
 
+def _extremum(node: ir.Node, scope: Scope) -> Translated | None:
+    """The larger or smaller of values; a constant among them makes it an activation, of which nothing is known."""
+    data = all(v not in scope.constants for v in node.inputs)
+    return Translated(ops.Extremum("max" if node.op_type == "Max" else "min")) if data else None
+
+
 def _power(node: ir.Node, scope: Scope) -> Translated | None:
     exponent = scope.constant(node, 1)
     return Translated(ops.Activation("pow")) if exponent is not None and exponent.size == 1 else None
@@ -168,6 +174,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("Add", "Sub", "Mul", "Div"), _arithmetic),
     "Neg": _negation,
     "Sum": _sum,
+    **dict.fromkeys(("Max", "Min"), _extremum),
     "Pow": _power,
     **dict.fromkeys(_ACTIVATIONS.split(), _activation),
     "Softmax": _softmax,

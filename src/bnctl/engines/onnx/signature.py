@@ -14,7 +14,7 @@ BATCH = 2
 SIDE = 64
 
 
-def input_specs(model: Any, name: str) -> tuple[InputSpec, ...]:
+def input_specs(model: Any, name: str, other: Any = None) -> tuple[InputSpec, ...]:
     """Names, shapes and types of the inputs that a caller must give.
 
     A free first axis becomes 2, any other free axis 64; axes of one name get one size.
@@ -22,6 +22,7 @@ def input_specs(model: Any, name: str) -> tuple[InputSpec, ...]:
     Args:
         model: the model.
         name: what to call it in errors.
+        other: a model that is to take the same inputs: where it has a size for an axis that is free here, that.
 
     Raises:
         UsageError: an input does not say how many axes it has, or holds no numbers.
@@ -29,6 +30,7 @@ def input_specs(model: Any, name: str) -> tuple[InputSpec, ...]:
     native: onnx_ir.Model = model
     given = [value for value in native.graph.inputs if value.name not in native.graph.initializers]
     first = {str(value.shape[0]) for value in given if value.shape and not isinstance(value.shape[0], int)} - {"None"}
+    sizes = {} if other is None else {value.name: tuple(value.shape or ()) for value in other.graph.inputs}
     specs = []
     for value in given:
         held = _no_numbers(value)
@@ -41,8 +43,12 @@ def input_specs(model: Any, name: str) -> tuple[InputSpec, ...]:
             raise UsageError(
                 f"{name}: input {value.name} does not say its shape", hint=f"give --input {value.name}:1x3x224x224"
             )
+        theirs = sizes.get(value.name, ())
         shape = tuple(
-            d if isinstance(d, int) and d > 0 else BATCH if axis == 0 or str(d) in first else SIDE
+            next(
+                (n for n in (d, *theirs[axis : axis + 1]) if isinstance(n, int) and n > 0),
+                BATCH if axis == 0 or str(d) in first else SIDE,
+            )
             for axis, d in enumerate(value.shape)
         )
         specs.append(InputSpec(shape, str(value.name), str(value.dtype.numpy())))

@@ -92,6 +92,7 @@ class TorchEngine:
         """Fold on the copy that was captured; call it once."""
         native: _Native = captured.native
         edits = apply_fold(native.module, native.lifted, plan)
+        _restore_mode(native.module, native.modes)
         return _edited(captured.model, native.module, edits)
 
     def takes_ones(self, captured: Captured, node: Node) -> bool:
@@ -107,6 +108,7 @@ class TorchEngine:
         """Merge on the copy that was captured; call it once."""
         native: _Native = captured.native
         edits = apply_merges(native.module, native.lifted, merges)
+        _restore_mode(native.module, native.modes)
         return _edited(captured.model, native.module, edits)
 
     def shows(self, captured: Captured, values: Collection[int]) -> set[str]:

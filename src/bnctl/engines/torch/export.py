@@ -63,7 +63,9 @@ def to_program(
                 shapes = _axes_of_any_size(leaves, dynamic_axes, dynamic_batch)
             return torch.export.export(module, args, kwargs, dynamic_shapes=pytree.tree_unflatten(shapes, tree))
         except Exception as error:
-            if dynamic_axes is not None:
+            if "in output" in str(error) or "in the output" in str(error):
+                hint = "let its forward return tensors, in tuples, lists or dicts, or write a bundle (-o folder/)"
+            elif dynamic_axes is not None:
                 hint = "the axes that may have any size must have size 2 or more in the example: see --input"
             elif dynamic_batch:
                 hint = "fix the batch size (bnctl export --static-batch), or write a bundle (-o folder/)"

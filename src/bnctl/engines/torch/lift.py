@@ -74,6 +74,8 @@ def lift(trace: Trace, others: Callable[[], Others] = Others) -> Lifted:
     return _Lifter(trace, others).lift()
 
 
+_CASTS = {"aten.to.dtype", "aten._to_copy.default"}
+
 _PADS = re.compile(r"aten\.(pad|constant_pad_nd|conv\w*|avg_pool\dd)\.")
 """Operators that may pad by numbers that were computed from a size."""
 
@@ -88,6 +90,10 @@ class _Lifter(Operands):
         self.arrays: dict[int, Array] = {}
         self.analyses: dict[ModuleCall, tuple[Head, Removal] | None] = {}
         self.removals: dict[str, Removal | Splice | Bypass] = {}
+        self.casts = {
+            c.outputs[0]: c.inputs[0] for c in trace.ops if c.op in _CASTS and c.inputs[0] in trace.parameters
+        }
+        """Parameters in another type, by value: what autocast makes of them in every pass."""
 
     # What the translation table asks for.
 
@@ -122,6 +128,11 @@ class _Lifter(Operands):
         shape = self.shape(item)
         if names is None:
             tensor = f"computed:{item.value}"
+            if (
+                item.value in self.casts
+            ):  # to fold into it would cost what the cast loses, and could not be told from an error
+                dtype = str(self.trace.info[item.value].dtype).removeprefix("torch.")
+                return Slot(tensor, shape, obstacle=Obstacle("BN108", f"{layer_of(call)} runs in {dtype} (autocast)"))
             baked = self.bakes.of(call)
             if baked is not None:
                 name = "weight" if item == argument(call, 1) else "bias"
@@ -247,11 +258,10 @@ class _Lifter(Operands):
     def _no_layer_of_its_own(self, call: OpCall) -> Obstacle | None:
         """Whether a norm can be hung behind a linear operator: its output must be the output of a module that stores its weight."""
         within = call.within
-        if (
-            within.path is not None
-            and within.outputs == list(call.outputs)
-            and "weight" in dict(within.module.named_parameters(recurse=False))
-        ):
+        stored = "weight" in dict(within.module.named_parameters(recurse=False))
+        if within.path is not None and not stored and isinstance(within.module, (nn.modules.conv._ConvNd, nn.Linear)):
+            return Obstacle("BN108", f"the weight of {within.path} is computed in every pass")
+        if within.path is not None and within.outputs == list(call.outputs) and stored:
             own = hasattr(within.module, INSERTED) and inserted_norm(within.module) is None
             return Obstacle("BN206", f"{within.path} has a {INSERTED!r} of its own") if own else None
         return Obstacle("BN206", f"{call.op} is computed in the forward of {within.path or 'the model itself'}")

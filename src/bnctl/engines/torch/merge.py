@@ -8,6 +8,7 @@ from torch import nn
 
 from bnctl.engines.torch.edits import Edit, apply_edits
 from bnctl.engines.torch.lift import Lifted, to_numpy
+from bnctl.engines.torch.removal import Removal
 from bnctl.engines.torch.surgery import code_edits, room_edit, write
 from bnctl.graph.affine import Array
 from bnctl.graph.graph import Node, Slot
@@ -40,6 +41,16 @@ def is_stock(model: nn.Module, node: Node) -> bool:
     layer: Any = model.get_submodule(node.layer)
     own = node.weight is not None and node.weight.key == f"{node.layer}.weight"
     return own and type(layer).forward in _STOCK and layer.padding_mode == "zeros"
+
+
+def _idle(model: nn.Module, lifted: Lifted, merges: tuple[Merge, ...]) -> list[str]:
+    """Paths of the modules of which every call is merged into another layer: they and their parameters go."""
+    taken = {term.node.id for merge in merges for term in merge.terms if term.node is not None}
+    names = dict.fromkeys(name for merge in merges for name in merge.names)
+    paths = {path for path, _ in model.named_modules()}
+    calls = {name: [node.id for node in lifted.graph.nodes if node.layer == name] for name in names}
+    ways = {name: lifted.removals.get(name, Removal(name, ())) for name in names}
+    return [n for n in names if n in paths and taken.issuperset(calls[n]) and ways[n] == Removal(n, ())]
 
 
 def apply_merges(model: nn.Module, lifted: Lifted, merges: tuple[Merge, ...]) -> list[Edit]:
@@ -77,6 +88,7 @@ def apply_merges(model: nn.Module, lifted: Lifted, merges: tuple[Merge, ...]) ->
     filled = [merge.into.bias.key for merge in merges if merge.into.bias is not None]
     dropped = [lifted.drop(*term.reader) for merge in merges for term in merge.terms]
     edits += code_edits(lifted, filled, [part for part in dropped if part is not None])
+    edits += [{"edit": "remove", "module": path, "tail": []} for path in _idle(model, lifted, merges)]
     apply_edits(model, edits)
     for merge, arrays in zip(merges, parameters, strict=True):
         for slot, array in zip((merge.into.weight, merge.into.bias), arrays, strict=True):

@@ -84,6 +84,16 @@ def _(call: OpCall, operands: Operands) -> Translated | None:
     return Translated(ops.Product()) if _two_values(call, operands) else None
 
 
+@entry_for("maximum.default", "max.other")
+def _(call: OpCall, operands: Operands) -> Translated | None:
+    return Translated(ops.Extremum("max")) if _two_values(call, operands) else None
+
+
+@entry_for("minimum.default", "min.other")
+def _(call: OpCall, operands: Operands) -> Translated | None:
+    return Translated(ops.Extremum("min")) if _two_values(call, operands) else None
+
+
 @entry_for("div.Tensor", "div.Scalar")
 def _(call: OpCall, operands: Operands) -> Translated | None:
     constant = operands.constant(argument(call, 1))
