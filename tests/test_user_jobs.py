@@ -96,7 +96,7 @@ class Cast(nn.Module):
 def test_autocast_is_named() -> None:
     result = bnctl.fold(randomise(Cast()), image())
     assert {s.name: s.code for s in result.report.sites} == {"b": "BN108", "e": "BN108"}
-    assert all("bfloat16 (autocast)" in str(s.reason) for s in result.report.sites)
+    assert all("casts its weight to bfloat16" in str(s.reason) for s in result.report.sites)
     assert result.model.d.weight.dtype == torch.float32
 
 

@@ -145,8 +145,8 @@ class Setup:
             return Batch()
 
         if self.inputs:
-            if self.data is not None:
-                self.batches()  # which sees whether there are such data
+            if self.data is not None and not Path(self.data).exists():
+                self.batches()  # which says what is wrong, where the data are no pattern and no loader
             return random_batch(self.inputs, seed=self.seed)
         if self.data is not None:
             return next(iter(self.batches()))

@@ -154,17 +154,18 @@ def _other_passes(module: nn.Module, batch: Batch) -> Others:
     def passes(batches: Iterable[Batch]) -> Iterator[Trace]:
         for other in batches:
             try:
-                yield record(module, *as_tensors(next(other_values(other)), module), methods=True)
+                with torch.random.fork_rng(devices=[]):
+                    trace = record(module, *as_tensors(next(other_values(other)), module), methods=True)
             except Exception:  # made for one size
                 continue
             finally:
                 restore()
+            yield trace
 
-    with torch.random.fork_rng(devices=[]):
-        shaped = tuple(trace for ways in other_shapes(small) for trace in islice(passes(ways), 1))
-        chosen = [tuple(passes(ways)) for ways in other_choices(small, arrays=False)]
-        traces = (*shaped, *(trace for choice in chosen for trace in choice))
-        return Others(traces or tuple(passes([small])), bool(shaped) and all(chosen))
+    shaped = tuple(trace for ways in other_shapes(small) for trace in islice(passes(ways), 1))
+    chosen = [tuple(passes(ways)) for ways in other_choices(small, arrays=False)]
+    traces = (*shaped, *(trace for choice in chosen for trace in choice))
+    return Others(traces or tuple(passes([small])), bool(shaped) and all(chosen))
 
 
 def _notes(trace: Trace) -> Iterator[str]:

@@ -128,11 +128,11 @@ class _Lifter(Operands):
         shape = self.shape(item)
         if names is None:
             tensor = f"computed:{item.value}"
-            if (
-                item.value in self.casts
-            ):  # to fold into it would cost what the cast loses, and could not be told from an error
+            if item.value in self.casts:
+                # To fold into the parameter would cost what the cast loses, and could not be told from an error.
                 dtype = str(self.trace.info[item.value].dtype).removeprefix("torch.")
-                return Slot(tensor, shape, obstacle=Obstacle("BN108", f"{layer_of(call)} runs in {dtype} (autocast)"))
+                cast = f"{layer_of(call)} casts its weight to {dtype} in every pass (autocast, perhaps)"
+                return Slot(tensor, shape, obstacle=Obstacle("BN108", cast))
             baked = self.bakes.of(call)
             if baked is not None:
                 name = "weight" if item == argument(call, 1) else "bias"
