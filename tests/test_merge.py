@@ -490,3 +490,13 @@ def test_a_wrong_merge_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     net = randomise(Net(lambda s, x: s.a(x) + s.b(x), a=Conv(4, 4, 3, padding=1), b=Conv(4, 4, 1)))
     with pytest.raises(bnctl.errors.EquivalenceError):
         bnctl.fold(net, image(), merge_branches=True)
+
+
+def test_a_merged_layer_that_other_code_looks_at_stays() -> None:
+    block = Net(lambda s, x: (s.a(x) + s.b(x)).relu(), a=nn.Conv2d(4, 4, 3, padding=1), b=nn.Conv2d(4, 4, 1))
+    model = Net(lambda s, x: s.block(x.to(s.block.b.weight.dtype)), block=block)
+    result = bnctl.fold(model, image(), merge_branches=True)
+    assert isinstance(result.model.block.b, nn.Conv2d)
+    assert result.report.summary["merged"] == 1
+    x = image()
+    assert error(outputs(model, x, torch.float64), [result.model(x).detach().double()]) < 1e-5

@@ -234,3 +234,31 @@ def test_random_networks() -> None:
     keeps()
     assert len(tried) > 5
     assert any(tried)
+
+
+def test_a_write_that_nobody_reads_stays() -> None:
+    """A graph that was edited by hand: one reader takes the tensor by the name that it had before it was written."""
+    torch.manual_seed(0)
+    model = Coded(lambda s, x: (lambda r: s.d(r) + s.e(r))(s.c(x).relu_()))
+    model.e = nn.Conv2d(4, 4, 1)
+    graph = exported(model.eval())
+    nodes = {node.name: node for node in graph.graph.nodes}
+    reader = next(
+        node for node in nodes.values() if str(node.target) == "aten.conv2d.default" and "d_weight" in str(node.args)
+    )
+    write = next(node for node in nodes.values() if "relu_" in str(node.target))
+    reader.replace_input_with(write, write.args[0])
+    graph.recompile()
+    assert_right(model, graph, merge_branches=True)
+
+
+def test_a_strict_export_has_no_counter_of_batches() -> None:
+    torch.manual_seed(0)
+    model = randomise(nn.Sequential(nn.ReLU(), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)))
+    x = torch.randn(2, 4, 8, 8)
+    graph = torch.export.export(model, (x,), strict=True).module()
+    result = bnctl.fold(graph, x)
+    assert [(s.name, s.action) for s in result.report.sites] == [("1", "left"), ("4", "folded")]
+    assert not any(t.is_meta for t in (*result.model.buffers(), *result.model.parameters()))
+    assert error(outputs(model, x, torch.float64), outputs(result.model, x)) < 1e-5
+    assert bnctl.recalibrate(graph, [x]).report.summary["recalibrated"] == 2

@@ -84,3 +84,54 @@ def test_tensors_that_cannot_be_written_are_left() -> None:
     restore()
     assert model.table.tolist() == [0, 0, 0, 0]
     assert model.made.is_inference()
+
+
+def _resized(s: nn.Module, x: Tensor) -> None:
+    s.t.resize_(x.numel()).fill_(1)
+
+
+def _replaced(s: nn.Module, x: Tensor) -> None:
+    s.t.data = x.mean((1, 2, 3))
+
+
+def _written(s: nn.Module, x: Tensor) -> None:
+    s.t.data.add_(1)
+
+
+def _extended(s: nn.Module, x: Tensor) -> None:
+    if "extra" not in s._modules:
+        s.extra = nn.Conv2d(1, 1, 1)
+
+
+@pytest.mark.parametrize("change", [_resized, _replaced, _written, _extended])
+@pytest.mark.parametrize("buffer", [True, False])
+def test_whatever_a_pass_does_to_a_tensor_is_undone(change: Any, buffer: bool) -> None:
+    class Changing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+            if buffer:
+                self.register_buffer("t", torch.zeros(2))
+            else:
+                self.t = torch.zeros(2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            change(self, x)
+            return self.bn(self.conv(x))  # type: ignore[no-any-return]
+
+    model = randomise(Changing())
+    names = set(model.state_dict())
+    result = bnctl.fold(model, torch.randn(2, 3, 8, 8))
+    assert [s.action for s in result.report.sites] == ["folded"]
+    assert model.t.tolist() == [0, 0]
+    assert set(model.state_dict()) == names
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_buffers_that_cannot_be_written_are_no_hindrance() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    model.register_buffer("expanded", torch.ones(4, 1, 1).expand(4, 4, 4))
+    with torch.inference_mode():
+        model.register_buffer("inferred", torch.ones(3))
+    result = bnctl.fold(model, torch.randn(2, 3, 8, 8))
+    assert [s.action for s in result.report.sites] == ["folded"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from bnctl.errors import OverflowInFoldError, UsageError
+from bnctl.errors import ModelError, OverflowInFoldError, UsageError
 from bnctl.graph.ops import LinearOp
 from bnctl.plan.fold import FoldPlan, plan_fold
 from bnctl.plan.merge import changed_values
@@ -81,10 +81,18 @@ def run_rounds(
     """
     from bnctl.engines import engine_of
 
-    engine, state = engine_of(model), Rounds(_prepared(model, options))
-    _fold(state, engine, example, takes, options, plan_only and not options.merge_branches)
-    while options.merge_branches and _merge(state, engine, example, takes):
-        _fold(state, engine, example, takes, options, plan_only=False)
+    engine = engine_of(model)
+    for keep in (False, True):
+        state = Rounds(_prepared(model, options))
+        _fold(state, engine, example, takes, options, plan_only and not options.merge_branches)
+        try:
+            while options.merge_branches and _merge(state, engine, example, takes, keep=keep):
+                _fold(state, engine, example, takes, options, plan_only=False)
+        except ModelError:  # some code asks a merged layer for its type, or its sizes
+            if keep or not state.changed:
+                raise
+        else:
+            break
     return state
 
 
@@ -130,7 +138,7 @@ def _naming_sites(error: OverflowInFoldError, plan: FoldPlan, word: str) -> Over
     )
 
 
-def _merge(state: Rounds, engine: Engine, example: Batch, takes: Callable[[str], bool]) -> bool:
+def _merge(state: Rounds, engine: Engine, example: Batch, takes: Callable[[str], bool], *, keep: bool) -> bool:
     """Every branch that can be merged, is; whether there was one."""
     captured = engine.capture(state.model, example)
     merges = engine.plan_merges(captured, takes)
@@ -146,5 +154,5 @@ def _merge(state: Rounds, engine: Engine, example: Batch, takes: Callable[[str],
         changed = engine.shows(captured, changed_values(merge, captured.graph))
         state.preserved -= changed
         state.altered |= changed
-    state.model, state.changed = engine.merge(captured, merges), True
+    state.model, state.changed = engine.merge(captured, merges, keep=keep), True
     return True

@@ -56,8 +56,8 @@ class Engine(Protocol):
         """The parallel branches that can become one operator."""
         ...
 
-    def merge(self, captured: Captured, merges: tuple[Merge, ...]) -> Model:
-        """The model with the merges carried out."""
+    def merge(self, captured: Captured, merges: tuple[Merge, ...], *, keep: bool = False) -> Model:
+        """The model with the merges carried out; layers that are merged into others go, unless they are to be kept."""
         ...
 
     def shows(self, captured: Captured, values: Collection[int]) -> set[str]:

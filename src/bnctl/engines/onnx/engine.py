@@ -51,8 +51,8 @@ class OnnxEngine:
         """Any."""
         return plan_merge(captured.graph, selected=selected)
 
-    def merge(self, captured: Captured, merges: tuple[Merge, ...]) -> Model:
-        """The merged model, sharing untouched weights with the one that was captured."""
+    def merge(self, captured: Captured, merges: tuple[Merge, ...], *, keep: bool = False) -> Model:
+        """The merged model, sharing untouched weights with the one that was captured. Nobody looks at nodes that are gone."""
         return replace(captured.model, native=apply_merges(captured.native, merges))
 
     def shows(self, captured: Captured, values: Collection[int]) -> set[str]:

@@ -104,10 +104,10 @@ class TorchEngine:
         native: _Native = captured.native
         return plan_merge(captured.graph, limits=limits(native.module, native.lifted), selected=selected)
 
-    def merge(self, captured: Captured, merges: tuple[Merge, ...]) -> Model:
+    def merge(self, captured: Captured, merges: tuple[Merge, ...], *, keep: bool = False) -> Model:
         """Merge on the copy that was captured; call it once."""
         native: _Native = captured.native
-        edits = apply_merges(native.module, native.lifted, merges)
+        edits = apply_merges(native.module, native.lifted, merges, keep=keep)
         _restore_mode(native.module, native.modes)
         return _edited(captured.model, native.module, edits)
 

@@ -62,26 +62,30 @@ def let_stand_for(graph_module: fx.GraphModule, aliases: Mapping[str, str]) -> N
         KeyError: the graph has no such node.
     """
     nodes = {node.name: node for node in graph_module.graph.nodes}
-    spent = []
     for name in aliases:
         other = name
         while other in aliases:
             other = aliases[other]
         nodes[name].replace_all_uses_with(nodes[other])
-        spent.append(nodes[name])
-    while spent:
-        node = spent.pop()
-        if not node.users and _may_go(node, graph_module):
-            rested_on = node.all_input_nodes
-            graph_module.graph.erase_node(node)
-            spent += rested_on
+    idle: list[fx.Node] = []
+    for (
+        name
+    ) in aliases:  # nobody reads them now, and whether they wrote in place does not matter: they are what is taken out
+        idle += nodes[name].all_input_nodes
+        graph_module.graph.erase_node(nodes.pop(name))
+    while idle:
+        node = idle.pop()
+        if node.name in nodes and not node.users and _may_go(node, graph_module):
+            idle += node.all_input_nodes
+            graph_module.graph.erase_node(nodes.pop(node.name))
     graph_module.recompile()
 
 
 def _may_go(node: fx.Node, graph_module: fx.GraphModule) -> bool:
-    """Whether nobody misses a node that nobody reads: hooks of a layer may be there for what they do."""
+    """Whether nobody misses a node that nobody reads: a write, and hooks of a layer, may be there for what they do."""
     if node.op != "call_module":
-        return node.op in {"call_function", "get_attr"}
+        writes = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+        return node.op in {"call_function", "get_attr"} and not writes
     parts = graph_module.get_submodule(str(node.target)).modules()
     return not any(hooked(part) or watched_at_entry(part) for part in parts)
 

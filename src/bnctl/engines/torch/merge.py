@@ -53,8 +53,8 @@ def _idle(model: nn.Module, lifted: Lifted, merges: tuple[Merge, ...]) -> list[s
     return [n for n in names if n in paths and taken.issuperset(calls[n]) and ways[n] == Removal(n, ())]
 
 
-def apply_merges(model: nn.Module, lifted: Lifted, merges: tuple[Merge, ...]) -> list[Edit]:
-    """Write the merged parameters and drop what was merged.
+def apply_merges(model: nn.Module, lifted: Lifted, merges: tuple[Merge, ...], *, keep: bool = False) -> list[Edit]:
+    """Write the merged parameters and drop what was merged; ``keep``: from the code, but not from the module tree.
 
     Returns:
         The structural edits, for a bundle.
@@ -88,7 +88,7 @@ def apply_merges(model: nn.Module, lifted: Lifted, merges: tuple[Merge, ...]) ->
     filled = [merge.into.bias.key for merge in merges if merge.into.bias is not None]
     dropped = [lifted.drop(*term.reader) for merge in merges for term in merge.terms]
     edits += code_edits(lifted, filled, [part for part in dropped if part is not None])
-    edits += [{"edit": "remove", "module": path, "tail": []} for path in _idle(model, lifted, merges)]
+    edits += [{"edit": "remove", "module": path, "tail": []} for path in ([] if keep else _idle(model, lifted, merges))]
     apply_edits(model, edits)
     for merge, arrays in zip(merges, parameters, strict=True):
         for slot, array in zip((merge.into.weight, merge.into.bias), arrays, strict=True):

@@ -118,6 +118,8 @@ def _layer(
         return None
     for name in set(own) - set(tensors):  # num_batches_tracked
         setattr(module, name, own[name])
+    for name in set(dict(module.named_buffers())) - set(own):  # which a strict export leaves out
+        setattr(module, name, None)
     return path, module
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -30,47 +30,57 @@ def snapshot(module: nn.Module) -> Callable[[], None]:
     """
     parts = [part for part in module.modules() if not isinstance(part, torch.jit.ScriptModule)]
     attributes = [dict(vars(part)) for part in parts]
-    registered = [(dict(part._parameters), dict(part._buffers)) for part in parts]
-    values = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    registered: list[list[tuple[Any, Any]]] = [
+        [(held, dict(held)) for held in (part._parameters, part._buffers, part._modules)] for part in parts
+    ]
     own = (value for plain in attributes for name, value in plain.items() if name not in _OF_EVERY_MODULE)
     containers, tensors = _held(own)
     contents = [(container, container.copy()) for container in containers]
-    others = [(tensor, tensor._version, tensor.detach().clone()) for tensor in tensors]
+    values = [(t, t.detach(), t.detach().clone()) for t in (*module.buffers(), *tensors) if not t.is_inference()]
 
     def restore() -> None:
-        for part, plain, (parameters, buffers) in zip(parts, attributes, registered, strict=True):
+        for part, plain, dictionaries in zip(parts, attributes, registered, strict=True):
             vars(part).clear()
             vars(part).update(plain)
-            part._parameters.clear()
-            part._parameters.update(parameters)
-            part._buffers.clear()
-            part._buffers.update(buffers)
+            for held, entries in dictionaries:
+                held.clear()
+                held.update(entries)
         for container, content in contents:
             container.clear()
             (container.extend if isinstance(container, (list, deque)) else container.update)(content)
         with torch.no_grad():
-            for buffer, value in values:
-                buffer.copy_(value)
-            for tensor, version, value in others:
-                if tensor._version != version:
-                    tensor.copy_(value)
+            for tensor, memory, value in values:
+                _put_back(tensor, memory, value)
 
     return restore
 
 
+def _put_back(tensor: Tensor, memory: Tensor, value: Tensor) -> None:
+    """Give a tensor its memory, in which it may have been written, and the values there."""
+    if tensor.layout != torch.strided:
+        tensor.copy_(value)
+        return
+    if any(ask(tensor) != ask(memory) for ask in (Tensor.data_ptr, Tensor.size, Tensor.stride)):
+        tensor.data = memory
+    for axis, stride in enumerate(memory.stride()):
+        if stride == 0 and memory.shape[axis] > 1:  # expanded: the same place again and again
+            memory, value = memory.narrow(axis, 0, 1), value.narrow(axis, 0, 1)
+    with suppress(RuntimeError):  # memory that overlaps in other ways cannot be written, by nobody
+        memory.copy_(value)
+
+
 def _held(items: Iterable[Any]) -> tuple[list[Any], list[Tensor]]:
-    """Python's own containers that can be written to, among the items and inside them, and the tensors there that can be."""
+    """Python's own containers that can be written to, among the items and inside them, and the tensors there."""
     containers: dict[int, Any] = {}
     tensors: dict[int, Tensor] = {}
     todo = list(items)
     while todo:
         item = todo.pop()
         if isinstance(item, Tensor):
-            if not item.is_inference():
-                tensors[id(item)] = item
+            tensors[id(item)] = item
         elif type(item) in _CONTAINERS and id(item) not in containers:
             containers[id(item)] = item
             todo.extend(item.values() if isinstance(item, dict) else item)
-        elif type(item) is tuple:
+        elif isinstance(item, tuple):
             todo.extend(item)
     return list(containers.values()), list(tensors.values())
