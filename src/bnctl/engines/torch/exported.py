@@ -68,9 +68,8 @@ def let_stand_for(graph_module: fx.GraphModule, aliases: Mapping[str, str]) -> N
             other = aliases[other]
         nodes[name].replace_all_uses_with(nodes[other])
     idle: list[fx.Node] = []
-    for (
-        name
-    ) in aliases:  # nobody reads them now, and whether they wrote in place does not matter: they are what is taken out
+    # Nobody reads them now; and whether they wrote in place does not matter: they are what is taken out.
+    for name in aliases:
         idle += nodes[name].all_input_nodes
         graph_module.graph.erase_node(nodes.pop(name))
     while idle:
