@@ -212,12 +212,17 @@ def test_fewer_processes_are_taken_at_their_word(cli: Any) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_a_bench_that_is_ended_politely_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("politely", [True, False])
+def test_a_bench_that_is_ended_politely_leaves_nothing(tmp_path: Path, politely: bool) -> None:
+    """Not its worker, and no folder. The control: one that is killed leaves both."""
     (tmp_path / "sleeping.py").write_text(
-        "import time\nfrom pathlib import Path\nfrom bnctl.fixture import with_bn\n"
-        "def build():\n    Path('begun').touch()\n    time.sleep(100)\n"
+        "import os, sys, time\nfrom pathlib import Path\nfrom bnctl.fixture import with_bn\n"
+        "def build():\n"
+        "    if sys.argv[0].endswith('worker.py'):\n"
+        "        Path('pid.new').write_text(str(os.getpid()))\n        Path('pid.new').rename('pid')\n        time.sleep(100)\n"
+        "    return with_bn()\n"
     )
-    words = ["bench", "bnctl.fixture:with_bn", "sleeping:build", "--data", TEST, "--no-accuracy"]
+    words = ["bench", "bnctl.fixture:with_bn", "sleeping:build", "--data", TEST, "--no-accuracy", "--trust"]
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     process = subprocess.Popen(
         [sys.executable, "-c", MAIN, *words],
@@ -227,12 +232,27 @@ def test_a_bench_that_is_ended_politely_leaves_nothing(tmp_path: Path) -> None:
         stderr=subprocess.STDOUT,
     )
     deadline = time.monotonic() + 60
-    while not (tmp_path / "begun").exists() and time.monotonic() < deadline:
+    while not (tmp_path / "pid").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    worker = int((tmp_path / "pid").read_text())
+    process.send_signal(signal.SIGTERM if politely else signal.SIGKILL)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, out
-    assert not list(tmp_path.glob("bnctl-*"))
+    if politely:
+        assert process.returncode == 130, out
+        assert not list(tmp_path.glob("bnctl-*"))
+        assert not _runs(worker)
+    else:
+        assert list(tmp_path.glob("bnctl-*"))
+        assert _runs(worker)
+        os.kill(worker, signal.SIGKILL)
+
+
+def _runs(process: int) -> bool:
+    """Whether there is such a process, and it has not ended: nobody may have asked yet how."""
+    found = subprocess.run(
+        ["ps", "-o", "stat=", "-p", str(process)], capture_output=True, text=True, check=False
+    ).stdout
+    return bool(found.strip()) and not found.strip().startswith("Z")
 
 
 def test_a_prior_that_is_no_number() -> None:

@@ -60,12 +60,13 @@ class _Returned:
         self._last: Any = None
 
     def check(self, found: Any) -> None:
-        if isinstance(found, Iterator) and found is self._last:
+        iterator = found if isinstance(found, Iterator) else None  # nothing else is held: it may be large
+        if iterator is not None and iterator is self._last:
             raise DataError(
                 f"{self._word} returned the same iterator again, and a second pass is needed",
                 hint="let it make a new one in each call, or return a list or a DataLoader",
             )
-        self._last = found
+        self._last = iterator
 
 
 def _items(call: Callable[[], Any], word: str, returned: _Returned) -> Iterator[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -106,7 +107,7 @@ def data_files(word: str) -> list[Path]:
     """The files that a word for data names: one, those that a glob finds, or all below a folder, sorted; none for other kinds of data."""
     path = Path(word)
     if path.is_dir():
-        return sorted(file for file in path.rglob("*") if file.is_file())
+        return sorted(Path(folder, name) for folder, _, names in os.walk(path) for name in names)
     try:
         return _files(path)
     except (DataError, ValueError, OSError):
