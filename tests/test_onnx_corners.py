@@ -52,6 +52,15 @@ class TestDataFiles:
         assert cli("fold", source, "-o", tmp_path / "model.onnx", "--force").code == 2
         assert digest(tmp_path / "model.onnx.data") == before
 
+    def test_in_place_does_not_mean_any_file_beside_it(self, cli: Any, tmp_path: Path) -> None:
+        source = external(tmp_path / "model.onnx", "weights.bin")
+        external(tmp_path / "renamed.onnx", "model.onnx.data")
+        before = digest(tmp_path / "model.onnx.data")
+        result = cli("fold", source, "-o", source, "--force")
+        assert result.code == 2
+        assert "is not the data file of" in result.err
+        assert digest(tmp_path / "model.onnx.data") == before
+
     def test_its_own_are_replaced(self, cli: Any, tmp_path: Path) -> None:
         source = external(tmp_path / "source.onnx", "source.onnx.data")
         external(tmp_path / "model.onnx", "model.onnx.data")

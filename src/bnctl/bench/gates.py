@@ -148,9 +148,8 @@ def _drop_detail(row: AccuracyRow, limit_pp: float) -> str:
     more = ""
     if low <= limit_pp < high:
         room = limit_pp - drop
-        falls = (
-            2 if row.paired.lost + row.paired.gained else 1
-        )  # with the root of the number of samples; where none disagree, with the number
+        # The width falls with the root of the number of samples; where none disagree, with the number.
+        falls = 2 if row.paired.lost + row.paired.gained else 1
         samples = math.ceil(row.paired.samples * ((high - drop) / room) ** falls) if room > 0 else 0
         more = f": it takes about {samples:,} samples" if samples else ": more samples will hardly help"
     return (

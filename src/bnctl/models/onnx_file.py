@@ -204,9 +204,11 @@ def source_of(model: onnx_ir.Model) -> Path | None:
 def _refuse_data_of_others(model: onnx_ir.Model, target: Path, data: Path) -> None:
     """A data file is replaced together with the model that it belongs to, or not at all."""
     source: _Source | None = model.graph.meta.get(_SOURCE)
-    if not os.path.lexists(data) or (source is not None and source.file == target.resolve()):
+    if not os.path.lexists(data):
         return
     if source is not None and data.resolve() in source.data:
+        if source.file == target.resolve():
+            return
         raise UsageError(f"{data} holds the weights of {source.file.name}, which is read", hint="give another output")
     if not target.is_file() or data.resolve() not in _data_files(target):
         raise UsageError(
