@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from bnctl.engines.torch.recalibration.activations import activation_seen
+from bnctl.engines.torch.recalibration.activations import activation_seen, activations_seen
 from bnctl.numerics.moments import Moments
 
 VALUES = st.floats(-1e3, 1e3, width=32)
@@ -130,6 +130,28 @@ def test_activation_moments_do_not_depend_on_chunks(
     kept = x.clone()
     assert_same(activation_seen(x, chunk_elements=chunk).values, Moments.of(x.double().numpy()))
     assert torch.equal(x, kept)
+
+
+@given(
+    st.tuples(st.integers(1, 9), st.integers(1, 5), st.integers(1, 6), st.integers(1, 6)),
+    st.integers(2, 4),
+    st.integers(1, 7),
+    st.sampled_from([None, 1, 100, 1000]),
+)
+def test_activations_seen_together_have_the_moments_of_each(
+    shape: tuple[int, ...], ndim: int, calls: int, chunk: int | None
+) -> None:
+    """Bit for bit: how many calls come together depends on the number of workers."""
+    generator = torch.Generator().manual_seed(calls)
+    xs = [torch.randn(shape[:ndim], generator=generator) * (call + 1) + call for call in range(calls)]
+    together = activations_seen(xs, chunk_elements=chunk)
+    for x, seen in zip(xs, together, strict=True):
+        alone = activation_seen(x)
+        for a, b in ((seen.values, alone.values), (seen.samples, alone.samples), (seen.spread, alone.spread)):
+            assert a.count == b.count
+            assert np.array_equal(a.mean, b.mean)
+            assert np.array_equal(a.m2, b.m2)
+    assert calls == 1 or not np.array_equal(together[0].values.mean, together[1].values.mean)
 
 
 def test_activation_moments_of_other_layouts() -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from bnctl.data.batches import Batch
+from bnctl.engines.torch.recalibration import lockstep
 from bnctl.engines.torch.recalibration.twins import Twins
 from bnctl.numerics.moments import Moments
 from bnctl.recalibration.statistics import Drift, count_dead, discrepancy, drift
@@ -167,6 +168,16 @@ def test_mean_much_larger_than_standard_deviation() -> None:
     x = 1e6 + 1e-2 * torch.randn(500, 2, dtype=torch.float64)
     result, _, _ = recalibrate(nn.BatchNorm1d(2).double(), split(x, 7))
     torch.testing.assert_close(result.running_var, x.var(0, correction=0), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("at_once", [0, 700])
+def test_when_activations_are_looked_at_makes_no_difference(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All at once or together, in float32, where another order of sums would show."""
+    net, batches = make(Residual, double=False), split(images(23), 5)
+    together, _, _ = recalibrate(net, batches)
+    monkeypatch.setattr(lockstep, "AT_ONCE", at_once)
+    result, _, _ = recalibrate(net, batches)
+    assert all(torch.equal(a, b) for a, b in zip(result.buffers(), together.buffers(), strict=True))
 
 
 def test_forwards_in_lockstep_need_modules_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

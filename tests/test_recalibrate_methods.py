@@ -161,7 +161,7 @@ def test_the_standard_error_is_that_of_repeated_draws() -> None:
     errors = []
     for _ in range(50):
         x = draw()
-        seen = Seen.of_groups(x.mean(2), x.var(2) * 9, 9)
+        (seen,) = Seen.of_groups(x.mean(2)[None], x.var(2)[None] * 9, 9)
         errors.append(seen.standard_error()[0] * np.sqrt(seen.values.variance()[0]))
     assert np.mean(errors) == pytest.approx(np.std(means), rel=0.05)
     # as if pixels were independent, it would be a third of that

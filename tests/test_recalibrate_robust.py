@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -235,3 +236,58 @@ def test_progress_is_told() -> None:
         told: list[tuple[str, int, int | None]] = []
         recalibrate(Plain(), split(images(), 5), progress=lambda *step: told.append(step), **how)  # noqa: B023
         assert {stage for stage, _, _ in told} == stages
+
+
+# ---- models that write to their own tensors
+
+
+class Cached(Plain):
+    """Writes to a buffer in each forward pass, reads it afterwards, and counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("cache", torch.zeros(5, 4, 6, 6))
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count += 1
+        self.cache[: len(x)] = self.conv1(x)
+        x = torch.relu(self.bn1(self.cache[: len(x)]))
+        return self.bn2(self.conv2(x)) * self.count
+
+
+class CachedSometimes(Cached):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.sum() > 0:
+            return super().forward(x)
+        return self.bn2(self.conv2(self.bn1(self.conv1(x))))
+
+
+@pytest.mark.parametrize("how", [{"method": "batch"}, {"memory_bytes": None}, {"memory_bytes": 0}])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_what_a_model_writes_to_its_buffers_stays_with_the_batch(how: dict[str, Any], threads: int) -> None:
+    """Passes that take turns would read what another one wrote, and agree with themselves."""
+    net, plain = make(Cached), make(Plain)
+    plain.load_state_dict(net.state_dict(), strict=False)
+    net.cache, before = net.cache.double(), copy.deepcopy(net.state_dict())
+    batches = split(images().double(), 5)
+    result, _, _ = recalibrate(net, batches, threads=threads, **how)
+    expected, _, _ = recalibrate(plain, batches, **how)
+    assert error(result.bn1, expected.bn1) < 1e-11
+    assert error(result.bn2, expected.bn2) < 1e-11
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    assert not result.cache.any()
+
+
+def test_a_model_that_writes_to_its_buffers_now_and_then_is_run_batch_by_batch() -> None:
+    net = make(CachedSometimes)
+    net.cache = net.cache.double()
+    x = images().double()
+    x[:5], x[5:] = -x[:5].abs(), x[5:].abs()
+    with pytest.raises(ModelError, match=r"writes to its (cache|count)") as caught:
+        recalibrate(net, split(x, 5))
+    assert "--threads 1 --memory 0" in (caught.value.hint or "")
+    plain = make(Plain)
+    plain.load_state_dict(net.state_dict(), strict=False)
+    result, _, _ = recalibrate(net, split(x, 5), threads=1, memory_bytes=0)
+    assert error(result.bn1, recalibrate(plain, split(x, 5))[0].bn1) < 1e-11

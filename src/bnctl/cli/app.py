@@ -15,6 +15,7 @@ import typer
 
 from bnctl.cli import config, options
 from bnctl.cli.common import reporting
+from bnctl.cli.heap import keep_freed_memory
 from bnctl.cli.output import (
     end_in_order,
     flushed,
@@ -337,6 +338,7 @@ def main(arguments: list[str] | None = None) -> None:
     open_closed_streams()
     write_any_character()
     gc.set_threshold(50_000, 20, 50)  # graphs are many objects and few cycles
+    keep_freed_memory()
     end_in_order()
     code = run(sys.argv[1:] if arguments is None else arguments)
     gc.freeze()  # the process ends: nothing is gained by looking through a model once more

@@ -35,28 +35,35 @@ class Seen:
     spread: Moments
 
     @staticmethod
-    def of_groups(means: Vector, squares: Vector, positions: int, *, between: bool = True) -> Seen:
-        """What one call sees, from each channel of each sample: a group of P values.
+    def of_groups(means: Vector, squares: Vector, positions: int, *, between: bool = True) -> list[Seen]:
+        """What each of K calls sees, from each channel of each sample: a group of P values.
 
         With ``mean_n = sum(x)/P`` and ``m2_n = sum((x - mean_n)**2)`` over each, all groups are merged at once:
         ``mean = sum(mean_n)/N`` and ``m2 = sum(m2_n) + P*sum((mean_n - mean)**2)``. Nothing cancels.
 
         Args:
-            means: ``mean_n``, float64 (N, C), N > 0.
+            means: ``mean_n``, float64 (K, N, C), N > 0.
             squares: ``m2_n``, the same.
             positions: P.
             between: False leaves out the last term of m2, as instance normalisation does.
 
         Returns:
-            Moments of shape (C,), NaN or infinite where a value is.
+            Of each call, moments of shape (C,), NaN or infinite where a value is.
         """
+        samples = means.shape[1]
         with np.errstate(invalid="ignore", over="ignore"):  # the caller looks at the result
-            samples, apart = _moments(means)
-            m2, spread = squares.sum(axis=0), squares / positions
+            mean, apart = _moments(means)
+            between_samples = apart.sum(axis=1)
+            m2, spread = squares.sum(axis=1), squares / positions
             if between:
-                m2 += positions * samples.m2
+                m2 += positions * between_samples
                 spread += apart
-            return Seen(Moments(len(means) * positions, samples.mean, m2), samples, _moments(spread)[0])
+            mean_spread, apart = _moments(spread)
+            parts = zip(mean, m2, between_samples, mean_spread, apart.sum(axis=1), strict=True)
+        return [
+            Seen(Moments(samples * positions, a, b), Moments(samples, a, c), Moments(samples, d, e))
+            for a, b, c, d, e in parts
+        ]
 
     @staticmethod
     def nothing(channels: int) -> Seen:
@@ -105,9 +112,9 @@ def largest_error(all_seen: Iterable[Seen]) -> float:
     return float(max(errors, default=0.0))
 
 
-def _moments(rows: Vector) -> tuple[Moments, Vector]:
-    """Moments of each column, and the squares of which their m2 is the sum."""
-    mean = rows.sum(axis=0) / len(rows)
-    apart = rows - mean
+def _moments(samples: Vector) -> tuple[Vector, Vector]:
+    """Of (K, N, C) the means over samples, (K, C), and the squared distances from them."""
+    mean = samples.sum(axis=1) / samples.shape[1]
+    apart = samples - mean[:, None]
     apart *= apart
-    return Moments(len(rows), mean, apart.sum(axis=0)), apart
+    return mean, apart

@@ -15,7 +15,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from types import FrameType
 from typing import Any
 
@@ -26,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bnctl.engines.torch.living import LivingTensors, storage_of
 from bnctl.engines.torch.nested import tensors_in
+from bnctl.engines.torch.schema import operator_of
 from bnctl.engines.torch.surroundings import layer_by_layer, values_read, young_objects_only
 
 ALIASED_WRITE = "bnctl.aliased_write"
@@ -214,7 +214,7 @@ class _Recorder(TorchDispatchMode):
         read: list[Tensor] = []
         recorded_args, recorded_kwargs = self._with_refs(args, read), self._with_refs(kwargs, read)
         inputs = tuple(self.value_of(t) for t in read)
-        operator = _operator(func)
+        operator = operator_of(func)
         result = func(*args, **kwargs)
         written = operator.written(args, kwargs)
         known = {id(t) for t in read}
@@ -352,26 +352,3 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
                 yield f"{path}.{name}" if path else name, tensor
-
-
-@dataclass(frozen=True)
-class _Operator:
-    """What the recorder asks of an operator: ``writes`` has the position and the name of each argument that its schema says it writes."""
-
-    name: str
-    writes: tuple[tuple[int, str], ...]
-    random: bool
-
-    def written(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        """The tensors that a call writes."""
-        return [t for at, name in self.writes for t in tensors_in(args[at] if at < len(args) else kwargs.get(name))]
-
-
-@cache
-def _operator(func: Any) -> _Operator:
-    writes = (
-        (position, argument.name)
-        for position, argument in enumerate(func._schema.arguments)
-        if argument.alias_info is not None and argument.alias_info.is_write
-    )
-    return _Operator(str(func), tuple(writes), torch.Tag.nondeterministic_seeded in func.tags)

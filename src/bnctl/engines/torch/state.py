@@ -50,12 +50,12 @@ def snapshot(module: nn.Module) -> Callable[[], None]:
             (container.extend if isinstance(container, (list, deque)) else container.update)(content)
         with torch.no_grad():
             for tensor, memory, value in values:
-                _put_back(tensor, memory, value)
+                put_back(tensor, memory, value)
 
     return restore
 
 
-def _put_back(tensor: Tensor, memory: Tensor, value: Tensor) -> None:
+def put_back(tensor: Tensor, memory: Tensor, value: Tensor) -> None:
     """Give a tensor its memory, in which it may have been written, and the values there."""
     if tensor.layout != torch.strided:
         tensor.copy_(value)

@@ -43,5 +43,5 @@ def activation_seen(x: NDArray[Any], axis: int = 1, *, chunk_elements: int = CHU
             wide -= mean[:, None]
             means[first : first + step] = mean
             squares[first : first + step] = np.einsum("ij,ij->i", wide, wide)
-    shape = samples, channels
-    return Seen.of_groups(means.reshape(shape), squares.reshape(shape), positions)
+    shape = 1, samples, channels
+    return Seen.of_groups(means.reshape(shape), squares.reshape(shape), positions)[0]

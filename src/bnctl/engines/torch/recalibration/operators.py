@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from bnctl.engines.torch.schema import operator_of
 
 _ALIASES = {"use_input_stats": "training", "exponential_average_factor": "momentum", "epsilon": "eps"}
 
@@ -79,17 +82,18 @@ class NormCall:
         return (y, *(self.x.new_empty(0) for _ in range(self.outputs - 1)))
 
 
+OnWrite = Callable[[torch.Tensor], None]
+"""Called before any other operator writes to a tensor."""
+
 OnNorm = Callable[[NormCall], Any]
 """Called at each normalisation; what it returns takes the place of the operator's result, unless it is None."""
 
 
 def read_call(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NormCall | None:
     """The call as a :class:`NormCall`, or None where it is no normalisation or has no running statistics."""
-    schema = operator._schema
-    if schema.name not in STATISTICS_READERS:
+    if (signature := _signature(operator)) is None:
         return None
-    given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
-    named = {_ALIASES.get(name, name): value for name, value in given.items()}
+    named = dict(zip(signature.names, args, strict=False)) | {_ALIASES.get(k, k): value for k, value in kwargs.items()}
     if named.get("running_mean") is None or named.get("running_var") is None:
         return None
     return NormCall(
@@ -101,20 +105,43 @@ def read_call(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
         training=bool(named.get("training", False)),
         momentum=named["momentum"],
         eps=named["eps"],
-        per_instance=schema.name == "aten::instance_norm",
-        outputs=len(schema.returns),
+        per_instance=signature.per_instance,
+        outputs=signature.outputs,
     )
 
 
+@dataclass(frozen=True)
+class _Signature:
+    names: tuple[str, ...]
+    per_instance: bool
+    outputs: int
+
+
+@cache
+def _signature(operator: Any) -> _Signature | None:
+    """Of a reader of statistics. Every operator of a model is asked, in every pass: schemas are slow to read."""
+    schema = operator._schema
+    if schema.name not in STATISTICS_READERS:
+        return None
+    names = tuple(_ALIASES.get(argument.name, argument.name) for argument in schema.arguments)
+    return _Signature(names, schema.name == "aten::instance_norm", len(schema.returns))
+
+
 class _NormMode(TorchDispatchMode):
-    def __init__(self, on_norm: OnNorm) -> None:
+    def __init__(self, on_norm: OnNorm, on_write: OnWrite) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._on_norm = on_norm
+        self._on_write = on_write
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        call = read_call(func, args, kwargs or {})
-        result = None if call is None else self._on_norm(call)
-        return func(*args, **(kwargs or {})) if result is None else result
+        kwargs = kwargs or {}
+        call = read_call(func, args, kwargs)
+        if call is not None and (result := self._on_norm(call)) is not None:
+            return result
+        if call is None and (operator := operator_of(func)).writes:
+            for tensor in operator.written(args, kwargs):
+                self._on_write(tensor)
+        return func(*args, **kwargs)
 
 
 @contextmanager
@@ -132,6 +159,6 @@ def inference(*modes: TorchDispatchMode) -> Iterator[None]:
         yield
 
 
-def intercepting(on_norm: OnNorm) -> TorchDispatchMode:
-    """A dispatch mode that calls `on_norm` at every normalisation with running statistics."""
-    return _NormMode(on_norm)
+def intercepting(on_norm: OnNorm, on_write: OnWrite) -> TorchDispatchMode:
+    """A dispatch mode that calls `on_norm` at every normalisation with running statistics, and `on_write` at other operators that write."""
+    return _NormMode(on_norm, on_write)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bnctl.engines.torch.recalibration.lockstep import lockstep
-from bnctl.engines.torch.recalibration.memory import DEFAULT_SHARE, LiveStorages, available_bytes
+from bnctl.engines.torch.recalibration.memory import DEFAULT_SHARE, available_bytes
 from bnctl.engines.torch.recalibration.schedules import (
     Round,
     Settled,
@@ -22,8 +22,7 @@ from bnctl.engines.torch.recalibration.schedules import (
     settle,
     solve,
 )
-from bnctl.engines.torch.recalibration.workbench import Feed, Visit, Workbench
-from bnctl.errors import DataError
+from bnctl.engines.torch.recalibration.workbench import Feed, Workbench
 from bnctl.recalibration.book import Account, Book
 from bnctl.recalibration.estimate import PROBE, produced
 from bnctl.recalibration.method import Method, without_sites
@@ -149,12 +148,12 @@ class Run:
             beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if bench.workers.size > 1 else 1
             budget = int(available_bytes(bench.device) * DEFAULT_SHARE / beside)
         feeds: list[Feed] = []
-        per_sample, samples, fits = 0.0, 0, True
+        held, samples, fits = 0.0, 0, True
         for feed in bench.feeds():
-            if not feeds:
-                per_sample = _paused_bytes(bench, feed)
+            needs = bench.learn(feed)
             samples += feed.size
-            fits = per_sample * samples <= budget and len(feeds) < MAX_STRANDS
+            held = needs.per_sample * samples + needs.own * (len(feeds) + 1)
+            fits = held <= budget and len(feeds) < MAX_STRANDS
             if not fits:
                 break
             feeds.append(feed)
@@ -166,7 +165,7 @@ class Run:
         _log.info(
             "one pass per layer: %d batches would hold %.0f MB, of %.0f",
             len(feeds) + 1,
-            per_sample * samples / 1e6,
+            held / 1e6,
             budget / 1e6,
         )
         return partial(pass_per_site, bench)
@@ -197,29 +196,6 @@ def _check_sites(bench: Workbench, selection: Selection) -> None:
     if not names:
         raise without_sites(type(bench.model).__name__)
     selection.check(names)
-
-
-def _paused_bytes(bench: Workbench, feed: Feed) -> float:
-    """Most bytes per sample that a forward holds while it waits at a site, and its input; from a run of one sample with the old statistics, or of the whole
-    batch where the model does not take a single one.
-    """
-    try:
-        return _paused_bytes_of(bench, feed.one_sample())
-    except DataError:
-        return _paused_bytes_of(bench, feed)
-
-
-def _paused_bytes_of(bench: Workbench, feed: Feed) -> float:
-    inputs = feed.tensors()
-    live = LiveStorages((*inputs, *bench.model.parameters(), *bench.model.buffers()))
-    most = 0
-
-    def look(visit: Visit) -> None:
-        nonlocal most
-        most = max(most, live.size_bytes())
-
-    bench.run(feed, look, live)
-    return (most + sum(tensor.nbytes for tensor in inputs)) / max(feed.size, 1)
 
 
 def with_values(book: Book) -> list[Account]:

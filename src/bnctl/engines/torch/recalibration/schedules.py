@@ -49,6 +49,8 @@ def each_batch(
     """
     feeds, done, samples = bench.feeds(first, step), 0, 0
     ahead = next(feeds, None)
+    if ahead is not None and bench.side_by_side:
+        bench.learn(ahead)
 
     def below(end: int) -> Iterator[Feed]:
         nonlocal ahead
@@ -73,7 +75,7 @@ def measure(bench: Workbench, step: int = 1) -> Book:
     book = Book()
 
     def look(visit: Visit) -> None:
-        book.note(visit.site, (visit.feed.index, visit.step), visit.look())
+        book.note(visit.site, visit.when(), visit.look())
 
     samples = each_batch(
         bench, "measure", partial(bench.run, on_site=look), lambda *_: book.enter(bench.workers), step=step
@@ -103,7 +105,7 @@ def pass_with_own_batches(
     def normalise(visit: Visit) -> Any:
         seen, index = visit.look(), visit.feed.index
         for one in (book, probe) if index % (PROBE * bench.stride) == 0 else (book,):
-            one.note(visit.site, (index, visit.step), seen)
+            one.note(visit.site, visit.when(), seen)
         return _normalised(visit, seen)
 
     def enter_all(next_batch: int, new: int) -> None:
@@ -143,7 +145,7 @@ def _stop_at_first(bench: Workbench, known: Collection[str]) -> Account | None:
 
     def stop(visit: Visit) -> None:
         if visit.site.name not in known:
-            reached.note(visit.site, (visit.feed.index, visit.step), visit.look())
+            reached.note(visit.site, visit.when(), visit.look())
             raise _Reached
 
     def handle(feed: Feed) -> None:

@@ -61,7 +61,7 @@ class SiteTable:
         if path is None or var_path is None:
             self._left["(unnamed)"] = (
                 NOT_IN_STATE,
-                "running statistics that are neither buffer nor parameter of the model",
+                "running statistics that are neither buffer nor parameter of the model, or that it writes to in inference",
             )
             return None
         name = _name(path)

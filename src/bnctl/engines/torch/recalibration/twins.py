@@ -1,10 +1,11 @@
-"""Copies of a model's structure over the same parameters and buffers."""
+"""Copies of a model's structure over the same parameters and buffers, but for those that it writes to."""
 
 from __future__ import annotations
 
+import gc
 import io
 import pickle
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,9 +24,23 @@ class Twins:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._shared = [*model.parameters(), *model.buffers()]
-        self._pickled = _pickled(model, self._shared)
+        self.give_own(())
+
+    def give_own(self, names: Collection[str]) -> None:
+        """Give each forward pass its own copy of some tensors: parameters or buffers that the model writes to (a cache, a counter). Forward passes that take
+        turns would read what another one wrote; this way each begins with what the model holds.
+        """
+        state = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
+        own = {place for name in names if (place := _place(state[name]))}
+        self._own = bool(own)
+        self._names = {_place(tensor): name for name, tensor in state.items() if _place(tensor) not in own | {0}}
+        self._shared = [tensor for tensor in state.values() if _place(tensor) not in own]
+        self._pickled = _pickled(self._model, self._shared)
         self._free: list[nn.Module] = []
+
+    def shared_name(self, tensor: torch.Tensor) -> str | None:
+        """The name of the shared parameter or buffer in whose memory a tensor lies; None where that is nobody else's."""
+        return self._names.get(_place(tensor))
 
     @contextmanager
     def one(self) -> Iterator[nn.Module]:
@@ -37,13 +52,31 @@ class Twins:
         try:
             yield twin
         finally:
-            self._free.append(twin)
+            if not self._own:
+                self._free.append(twin)
 
     def _made(self) -> nn.Module:
         if self._pickled is None:
             return copied(self._model, type(self._model).__name__, self._shared)
-        twin: nn.Module = _Unpickler(io.BytesIO(self._pickled), self._shared).load()
+        with _without_collector():
+            twin: nn.Module = _Unpickler(io.BytesIO(self._pickled), self._shared).load()
         return twin
+
+
+def _place(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Python looks for garbage whenever many objects are made, in all that there are: twins took ten times as long."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _pickled(model: nn.Module, shared: list[torch.Tensor]) -> bytes | None:

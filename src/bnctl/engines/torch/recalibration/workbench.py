@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,13 +14,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bnctl.data.batches import Batch, Batches, CountedBatches
-from bnctl.engines.torch.recalibration.activations import activation_seen
+from bnctl.engines.torch.recalibration.activations import activations_seen
+from bnctl.engines.torch.recalibration.memory import LiveStorages
 from bnctl.engines.torch.recalibration.operators import NormCall, inference, intercepting
 from bnctl.engines.torch.recalibration.sites import SiteTable, wide
 from bnctl.engines.torch.recalibration.strand import Crew
 from bnctl.engines.torch.recalibration.twins import Twins
-from bnctl.errors import BnctlError, DataError
-from bnctl.recalibration.book import Account
+from bnctl.engines.torch.state import put_back
+from bnctl.errors import BnctlError, DataError, ModelError
+from bnctl.recalibration.book import Account, Moment
 from bnctl.recalibration.estimate import with_prior
 from bnctl.recalibration.method import check_pass, does_not_fit, not_finite
 from bnctl.recalibration.seen import Seen
@@ -77,10 +79,29 @@ class Visit:
         Raises:
             DataError: the input is not finite.
         """
-        seen = activation_seen(self.call.x, per_instance=self.call.per_instance)
+        return look([self])[0]
+
+    def when(self) -> Moment:
+        """The batch, and the number of the call in it."""
+        return self.feed.index, self.step
+
+    def kind(self) -> tuple[object, ...]:
+        """Calls of one kind can be looked at together."""
+        x = self.call.x
+        return x.shape, x.dtype, x.device, self.call.per_instance
+
+
+def look(visits: Sequence[Visit]) -> list[Seen]:
+    """Moments of the inputs of calls of one kind.
+
+    Raises:
+        DataError: one is not finite.
+    """
+    all_seen = activations_seen([visit.call.x for visit in visits], per_instance=visits[0].call.per_instance)
+    for visit, seen in zip(visits, all_seen, strict=True):
         if not (np.isfinite(seen.values.mean).all() and np.isfinite(seen.values.m2).all()):
-            raise not_finite(self.feed.index, self.site.name)
-        return seen
+            raise not_finite(visit.feed.index, visit.site.name)
+    return all_seen
 
 
 OnSite = Callable[[Visit], Any]
@@ -89,6 +110,19 @@ OnSite = Callable[[Visit], Any]
 
 def _nothing() -> None:
     """Do nothing."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a forward pass needs for itself.
+
+    Args:
+        per_sample: most bytes per sample that it holds while it waits at a site, its input included.
+        own: bytes of the model's tensors that it has a copy of.
+    """
+
+    per_sample: float
+    own: int
 
 
 @dataclass(eq=False)
@@ -112,6 +146,8 @@ class Workbench:
         cut: whether this worker met the limit before the end of the data.
         skipped: batches that this worker left out.
         keep: called whenever a site was settled.
+        random_state: of torch's generator at the start of each pass.
+        side_by_side: whether forward passes may take turns in the middle.
     """
 
     model: nn.Module
@@ -131,8 +167,11 @@ class Workbench:
     skipped: set[int] = field(default_factory=set)
     keep: Callable[[], None] = _nothing
     random_state: torch.Tensor = field(default_factory=torch.get_rng_state)
+    side_by_side: bool = False
+    _needs: Needs | None = None
 
     def __post_init__(self) -> None:
+        self.side_by_side = self.hands > 1
         self.crew = Crew(self.hands)
         self.twins = Twins(self.model)
 
@@ -189,14 +228,32 @@ class Workbench:
         for site in self.sites.met():
             self._write(site, site.before)
 
-    def run(self, feed: Feed, on_site: OnSite, *modes: TorchDispatchMode) -> None:
+    def run(
+        self,
+        feed: Feed,
+        on_site: OnSite,
+        *modes: TorchDispatchMode,
+        on_write: Callable[[str], None] | None = None,
+    ) -> None:
         """One forward pass in the calling thread, in a copy of the model's structure over the same parameters and buffers: what a
         forward leaves in attributes of its modules is then its own.
 
+        Args:
+            feed: the batch.
+            on_site: called at each site.
+            modes: in which it runs as well.
+            on_write: called with the name of a shared parameter or buffer before the model writes to it; by default that is refused, unless passes follow one
+                another.
+
         Raises:
             DataError: the model fails on the batch.
+            ModelError: it writes to what the passes of other batches read.
         """
-        step = 0
+        step, on_write = 0, on_write or self._refuse_write
+
+        def look_at(tensor: torch.Tensor) -> None:
+            if (name := self.twins.shared_name(tensor)) is not None:
+                on_write(name)
 
         def on_norm(call: NormCall) -> Any:
             nonlocal step
@@ -213,12 +270,56 @@ class Workbench:
             with self.twins.one() as model, ExitStack() as stack:
                 if self.autocast is not None:
                     stack.enter_context(torch.autocast(self.device.type, self.autocast))
-                stack.enter_context(inference(*modes, intercepting(on_norm)))
+                stack.enter_context(inference(*modes, intercepting(on_norm, look_at)))
                 model(*args, **kwargs)
         except BnctlError:
             raise
         except Exception as error:
             raise does_not_run(feed.index, error) from error
+
+    def learn(self, feed: Feed) -> Needs:
+        """What a forward pass needs for itself: from a run of one sample, or of the whole batch where the model does not take a single one. From then on every
+        pass has its own copy of what the model wrote to.
+        """
+        if self._needs is None:
+            try:
+                self._needs = self._learn(feed.one_sample())
+            except DataError:
+                self._needs = self._learn(feed)
+        return self._needs
+
+    def _learn(self, feed: Feed) -> Needs:
+        inputs, most = feed.tensors(), 0
+        live = LiveStorages((*inputs, *self.model.parameters(), *self.model.buffers()))
+        state = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        written: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+
+        def measure(visit: Visit) -> None:
+            nonlocal most
+            most = max(most, live.size_bytes())
+
+        def remember(name: str) -> None:
+            if name not in written:
+                written[name] = state[name], state[name].detach(), state[name].detach().clone()
+
+        try:
+            self.run(feed, measure, live, on_write=remember)
+        finally:
+            with torch.no_grad():
+                for before in written.values():
+                    put_back(*before)
+        self.twins.give_own(written)
+        return Needs(
+            (most + sum(tensor.nbytes for tensor in inputs)) / max(feed.size, 1),
+            sum(memory.nbytes for _, memory, _ in written.values()),
+        )
+
+    def _refuse_write(self, name: str) -> None:
+        if self.side_by_side:
+            raise ModelError(
+                f"the model writes to its {name} for some inputs only, and the forward passes of other batches read it",
+                hint="let one batch follow another, with --threads 1 --memory 0",
+            )
 
     def stored(self, site: Site) -> Statistics:
         """Mean and variance as the working copy holds them now."""
