@@ -21,15 +21,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recalibration_models import CASES, images_of, model_of
+from recalibration_models import CASES, PHOTOGRAPHS, Case, images_of, model_of
 from recalibration_page import page
 from recalibration_peers import METHODS, installed, versions
 from recalibration_traps import TRAPS
 from recalibration_truth import error, settled
 from torch import nn
 
+from bnctl.cli.heap import keep_freed_memory
+
 SMALL = 2
 REPEATS = 3
+KEPT, GIVEN_BACK = "kept", "given back"
+"""What becomes of freed memory: kept, as the command has it; given back to the system, as glibc does by default."""
+
 PLAIN_AGAIN = "plain again"
 """A control: a second plain pass, measured like a method. What it differs from 1 by is noise."""
 
@@ -65,20 +70,23 @@ def _read(results: Path) -> list[dict[str, Any]]:
 
 
 def _jobs(only: str) -> list[list[str]]:
-    """Each runs in a process of its own. A run: network, batch size, threads, repeats; memory: network, batch size, method;
-    float32: the error of the naive procedure in float32, below which none can be.
+    """Each runs in a process of its own. A cost: network, batch size, threads, what becomes of freed memory; an error: network, batch size; memory: network,
+    batch size, method; float32: the error of the naive procedure in float32, below which none can be.
 
     What other work on the machine would disturb comes early.
     """
     cases = [case for case in CASES if only.lower() in case.name.lower()]
+    large = [case for case in PHOTOGRAPHS if only.lower() in case.name.lower()]
 
-    def runs(threads: int) -> list[list[str]]:
-        return [["run", case.name, str(case.batch), str(threads), str(REPEATS)] for case in cases]
+    def costs(cases: Sequence[Case], threads: int, freed: str) -> list[list[str]]:
+        return [["cost", case.name, str(case.batch), str(threads), freed] for case in cases]
 
-    small = [["run", case.name, str(SMALL), "1", "1"] for case in cases]
+    small = [["cost", case.name, str(SMALL), "1", GIVEN_BACK] for case in cases]
+    errors = [["error", case.name, str(size)] for case in cases for size in (case.batch, SMALL)]
     memory = [["memory", case.name, str(case.batch), method] for case in cases for method in installed()]
     floor = [["float32", case.name] for case in cases]
-    return [["traps"], *floor, *runs(1), *runs(2), *small, *memory]
+    by_cost = [*costs(large, 1, KEPT), *costs(large, 1, GIVEN_BACK), *costs(cases, 1, GIVEN_BACK), *small]
+    return [*by_cost, *costs(cases, 2, GIVEN_BACK), ["traps"], *floor, *errors, *memory]
 
 
 def _worker(kind: str, *words: str) -> dict[str, Any]:
@@ -88,25 +96,32 @@ def _worker(kind: str, *words: str) -> dict[str, Any]:
             "versions": versions(),
             "traps": {name: {m: check(METHODS[m]) for m in installed()} for name, check in TRAPS.items()},
         }
-    case = next(c for c in CASES if c.name == words[0])
+    case = next(c for c in (*CASES, *PHOTOGRAPHS) if c.name == words[0])
     model, images = model_of(case), images_of(case)
     if kind == "float32":
         return {"error": error(settled(model, images, torch.float32), settled(model, images))}
     batches = images.split(int(words[1]))
     if kind == "memory":
         return {"peak_bytes": peak_memory(model, batches, words[2])}
+    if kind == "error":
+        return {"errors": errors(model, batches, settled(model, images))}
     torch.set_num_threads(int(words[2]))
-    return errors_and_cost(model, batches, settled(model, images), int(words[3]))
+    if words[3] == KEPT:
+        keep_freed_memory()
+    return {"seconds": seconds(model, batches, REPEATS)}
 
 
-def errors_and_cost(
-    model: nn.Module, batches: Sequence[torch.Tensor], truth: nn.Module, repeats: int
-) -> dict[str, Any]:
-    """The error of each method, and its seconds, wall and processor, in each repeat; all in turn, in random order."""
+def errors(model: nn.Module, batches: Sequence[torch.Tensor], truth: nn.Module) -> dict[str, Any]:
+    """The error of each method, and of the statistics from before."""
+    results = {name: METHODS[name](copy.deepcopy(model), batches) for name in installed()}
+    return {name: error(result, truth) for name, result in ({"before": model} | results).items()}
+
+
+def seconds(model: nn.Module, batches: Sequence[torch.Tensor], repeats: int) -> dict[str, list[tuple[float, float]]]:
+    """Seconds of each method, wall and processor, in each repeat; all in turn, in random order, and once before for warming up."""
     runs: dict[str, Callable[[nn.Module], Any]] = {name: lambda m: plain(m, batches) for name in ("plain", PLAIN_AGAIN)}
     runs |= {name: lambda m, f=METHODS[name]: f(m, batches) for name in installed()}
-    errors = {"before": error(model, truth)}
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     order = list(runs)
     for repeat in range(repeats + 1):
         random.Random(repeat).shuffle(order)
@@ -114,13 +129,11 @@ def errors_and_cost(
             work = copy.deepcopy(model)
             gc.collect()
             wall, processor = time.perf_counter(), time.process_time()
-            result = runs[name](work)
+            runs[name](work)
             spent = time.perf_counter() - wall, time.process_time() - processor
             if repeat:
-                seconds[name].append(spent)
-            elif result is not None:  # the first is for warming up, and for the error
-                errors[name] = error(result, truth)
-    return {"errors": errors, "seconds": seconds}
+                found[name].append(spent)
+    return found
 
 
 def plain(model: nn.Module, batches: Sequence[torch.Tensor]) -> None:

@@ -10,7 +10,8 @@ import torch
 from bnctl.engines.torch.recalibration.activations import chunk_of
 from bnctl.engines.torch.recalibration.schedules import Settled, settle
 from bnctl.engines.torch.recalibration.strand import Strand
-from bnctl.engines.torch.recalibration.workbench import Feed, Visit, Workbench, look
+from bnctl.engines.torch.recalibration.visits import Feed, Visit, look
+from bnctl.engines.torch.recalibration.workbench import Workbench
 from bnctl.recalibration.book import Book
 
 AT_ONCE = 1 << 20

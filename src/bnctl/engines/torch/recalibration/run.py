@@ -22,7 +22,8 @@ from bnctl.engines.torch.recalibration.schedules import (
     settle,
     solve,
 )
-from bnctl.engines.torch.recalibration.workbench import Feed, Workbench
+from bnctl.engines.torch.recalibration.visits import Feed
+from bnctl.engines.torch.recalibration.workbench import Workbench
 from bnctl.recalibration.book import Account, Book
 from bnctl.recalibration.estimate import PROBE, produced
 from bnctl.recalibration.method import Method, without_sites

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from bnctl.engines.torch.recalibration.workbench import Feed, Visit, Workbench
+from bnctl.engines.torch.recalibration.visits import Feed, Visit
+from bnctl.engines.torch.recalibration.workbench import Workbench
 from bnctl.recalibration.book import Account, Book
 from bnctl.recalibration.estimate import PROBE
 from bnctl.recalibration.method import one_value
