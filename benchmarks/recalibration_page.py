@@ -43,7 +43,7 @@ inference sees. `ema` starts from the statistics of before.
 COST = """## Cost
 
 The whole call as a multiple of a plain forward pass over the same batches. With one thread it is processor time, which other work on the machine changes
-little; with two threads it is wall time, measured on an idle machine only. {repeats}; all methods and the plain pass take turns in one
+little; with two threads it is wall time, measured on an idle machine only. Median over {repeats} repeats; all methods and the plain pass take turns in one
 process, in random order, after each was run once. *Plain again* is a second plain pass: its difference from 1 is noise. Peers measure nothing of what they
 have done; bnctl's figures include what it reports of drift and self-consistency: `batch` and `ema` run one batch in 32 once more, of these few batches one
 of 4 or of 16.
@@ -60,7 +60,8 @@ passes say what a script loses.
 
 SMALL = """### Small images, small batches
 
-Where little is computed per layer, the way to it costs: Python sees every operator, and each BatchNorm is a stop.
+Where little is computed per layer, the way to it costs: Python sees every operator, and each BatchNorm is a stop. Rows with a * were measured before decision
+0015, which made `exact` somewhat faster here.
 """
 
 MEMORY = """## Peak memory
@@ -76,15 +77,14 @@ def page(rows: Sequence[Row]) -> str:
     traps = latest["traps",]
     methods = list(next(iter(traps["traps"].values())))
     costs = {job: row for job, row in latest.items() if job[0] == "cost"}
-    repeats = max(len(values) for row in costs.values() for values in row["seconds"].values())
-    once = "One measurement" if repeats == 1 else f"Median over {repeats} repeats"
+    repeats = sorted({len(values) for row in costs.values() for values in row["seconds"].values()})
     parts = [
         HEAD.format(versions=traps["versions"]),
         TRAPS,
         _table(["", *methods], ([name, *checked.values()] for name, checked in traps["traps"].items())),
         ERRORS,
         _table(["network", "batch", "float32", "before", *methods], _errors(latest, methods)),
-        COST.format(repeats=once),
+        COST.format(repeats=" or ".join(map(str, repeats))),
         PHOTOGRAPHS,
         _table(["network", "freed memory", "images/s", "plain again", *methods], _of_photographs(costs, methods)),
         SMALL,
@@ -115,7 +115,12 @@ def _of_small(costs: Rows, methods: list[str]) -> Iterable[list[str]]:
     for case in CASES:
         for (_, name, size, threads, _), row in costs.items():
             if name == case.name:
-                yield [name, size, threads, *_cost(case, row, 1 if threads == "1" else 0, methods)]
+                yield [
+                    name + " *" * row.get("earlier", False),
+                    size,
+                    threads,
+                    *_cost(case, row, 1 if threads == "1" else 0, methods),
+                ]
 
 
 def _cost(case: Case, row: Row, clock: int, methods: list[str]) -> Iterable[str]:

@@ -21,11 +21,8 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.gnu_get_libc_version  # noqa: B018 other libraries have a mallopt with other numbers
         mallopt = libc.mallopt
-    except (
-        AttributeError,
-        OSError,
-        TypeError,
-    ):  # no such function; no such library; Windows has no library of the process
+    # no such function; no such library; Windows has no library of the process
+    except (AttributeError, OSError, TypeError):
         return
     for number, value in _OPTIONS.values():
         mallopt(number, value)

@@ -26,7 +26,6 @@ def lockstep(bench: Workbench, feeds: list[Feed], fixed: Collection[str], settle
     on. So there is always somebody who can go on, whatever way the batches take; a batch that comes to a site later finds it settled, and
     :func:`~bnctl.engines.torch.recalibration.schedules.solve` sees to it. Neither the number of workers nor that of hands makes a difference.
     """
-    bench.side_by_side = True
     book, later = Book(), list[Visit]()
     known = {*fixed, *settled}
     strands = [Strand(partial(_forward, bench, feed, book, known, later), f"batch {feed.index}") for feed in feeds]

@@ -22,8 +22,9 @@ from bnctl.engines.torch.recalibration.schedules import (
     settle,
     solve,
 )
-from bnctl.engines.torch.recalibration.visits import Feed
+from bnctl.engines.torch.recalibration.visits import Feed, Written
 from bnctl.engines.torch.recalibration.workbench import Workbench
+from bnctl.errors import ModelError
 from bnctl.recalibration.book import Account, Book
 from bnctl.recalibration.estimate import PROBE, produced
 from bnctl.recalibration.method import Method, without_sites
@@ -86,10 +87,16 @@ class Run:
 
         def once(count: int | None) -> Found:
             nonlocal state
-            bench.start_over(count)
-            self._count = count
             begun, state = state, None
-            return self._once(begun)
+            self._count = count
+            while True:
+                bench.start_over(count)
+                try:
+                    return self._once(begun)
+                except Written as found:
+                    if bench.workers.size > 1:
+                        raise _written_now_and_then() from None
+                    bench.keep_apart({found.place})
 
         def all_seen() -> bool:
             return bench.stride == 1 and not bench.workers.share(bench.cut, any)
@@ -151,10 +158,10 @@ class Run:
         feeds: list[Feed] = []
         held, samples, fits = 0.0, 0, True
         for feed in bench.feeds():
-            needs = bench.learn(feed)
+            per_sample = bench.learn(feed)
             samples += feed.size
-            held = needs.per_sample * samples + needs.own * (len(feeds) + 1)
-            fits = held <= budget and len(feeds) < MAX_STRANDS
+            held = per_sample * samples + bench.own_bytes * (len(feeds) + 1)
+            fits = held <= budget and len(feeds) < MAX_STRANDS and not bench.one_by_one
             if not fits:
                 break
             feeds.append(feed)
@@ -197,6 +204,13 @@ def _check_sites(bench: Workbench, selection: Selection) -> None:
     if not names:
         raise without_sites(type(bench.model).__name__)
     selection.check(names)
+
+
+def _written_now_and_then() -> ModelError:
+    return ModelError(
+        "the model writes to a buffer or parameter of its own, and not in every forward pass: workers cannot agree on who begins anew",
+        hint="recalibrate in one process",
+    )
 
 
 def with_values(book: Book) -> list[Account]:

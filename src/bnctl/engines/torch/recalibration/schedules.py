@@ -50,7 +50,7 @@ def each_batch(
     """
     feeds, done, samples = bench.feeds(first, step), 0, 0
     ahead = next(feeds, None)
-    if ahead is not None and bench.side_by_side:
+    if ahead is not None:
         bench.learn(ahead)
 
     def below(end: int) -> Iterator[Feed]:

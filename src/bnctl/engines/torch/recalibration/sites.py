@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from bnctl.engines.torch.recalibration.operators import NormCall
+from bnctl.engines.torch.recalibration.twins import place_of
 from bnctl.recalibration.site import Site
 from bnctl.recalibration.statistics import (
     FROZEN,
@@ -34,6 +35,9 @@ class SiteTable:
         model: the working copy, in eval mode and on its device.
         frozen: names of layers whose statistics shall not move (see :func:`frozen_on_purpose`).
         selection: what the user wants; a glob that is a frozen layer's very name thaws it.
+
+    Attributes:
+        places: storages of the statistics that were met.
     """
 
     def __init__(self, model: nn.Module, frozen: frozenset[str], selection: Selection) -> None:
@@ -44,6 +48,7 @@ class SiteTable:
             for path, tensor in (*model.named_parameters(), *model.named_buffers())
             if tensor.numel() > 0
         }
+        self.places: set[int] = set()
         self._sites: dict[str, Site | None] = {}
         self._left: dict[str, tuple[str, str]] = {}
         self._known = dict(_reasons_unless_met(model))
@@ -61,9 +66,10 @@ class SiteTable:
         if path is None or var_path is None:
             self._left["(unnamed)"] = (
                 NOT_IN_STATE,
-                "running statistics that are neither buffer nor parameter of the model, or that it writes to in inference",
+                "running statistics that are neither buffer nor parameter of the model",
             )
             return None
+        self.places |= {place_of(call.mean), place_of(call.var)}
         name = _name(path)
         if call.training:
             self._left[name] = (NO_STATISTICS, "normalises with its own input in inference, too")

@@ -26,21 +26,21 @@ class Twins:
         self._model = model
         self.give_own(())
 
-    def give_own(self, names: Collection[str]) -> None:
-        """Give each forward pass its own copy of some tensors: parameters or buffers that the model writes to (a cache, a counter). Forward passes that take
-        turns would read what another one wrote; this way each begins with what the model holds.
+    def give_own(self, places: Collection[int]) -> None:
+        """Give each forward pass its own copy of the parameters and buffers in some storages (:func:`place_of`): those that the model writes to, a cache or a
+        counter. Forward passes that take turns would read what another one wrote; this way each begins with what the model holds.
         """
-        state = {**dict(self._model.named_parameters()), **dict(self._model.named_buffers())}
-        own = {place for name in names if (place := _place(state[name]))}
-        self._own = bool(own)
-        self._names = {_place(tensor): name for name, tensor in state.items() if _place(tensor) not in own | {0}}
-        self._shared = [tensor for tensor in state.values() if _place(tensor) not in own]
-        self._pickled = _pickled(self._model, self._shared)
+        tensors = [*self._model.parameters(), *self._model.buffers()]
+        self._shared = [tensor for tensor in tensors if place_of(tensor) not in places]
+        self._places = {place_of(tensor) for tensor in self._shared}
+        self._own = bool(places)
+        # a deep copy keeps what shares a storage together
+        self._pickled = None if places else _pickled(self._model, self._shared)
         self._free: list[nn.Module] = []
 
-    def shared_name(self, tensor: torch.Tensor) -> str | None:
-        """The name of the shared parameter or buffer in whose memory a tensor lies; None where that is nobody else's."""
-        return self._names.get(_place(tensor))
+    def shares(self, place: int) -> bool:
+        """Whether a storage belongs to all twins."""
+        return place in self._places
 
     @contextmanager
     def one(self) -> Iterator[nn.Module]:
@@ -63,8 +63,9 @@ class Twins:
         return twin
 
 
-def _place(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
+def place_of(tensor: torch.Tensor) -> int:
+    """The storage that a tensor lies in, or the tensor itself where it has no memory."""
+    return (tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0) or -id(tensor)
 
 
 @contextmanager

@@ -86,5 +86,17 @@ def look(visits: Sequence[Visit]) -> list[Seen]:
     return all_seen
 
 
+class Written(BaseException):
+    """A forward pass is about to write to what all passes share. Not an Exception, so that user code does not swallow it.
+
+    Args:
+        place: of the storage.
+    """
+
+    def __init__(self, place: int) -> None:
+        super().__init__(place)
+        self.place = place
+
+
 OnSite = Callable[[Visit], Any]
 """Called at each site; a result other than None takes the place of the operator's."""

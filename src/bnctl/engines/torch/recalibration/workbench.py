@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -17,10 +17,10 @@ from bnctl.engines.torch.recalibration.memory import LiveStorages
 from bnctl.engines.torch.recalibration.operators import NormCall, inference, intercepting
 from bnctl.engines.torch.recalibration.sites import SiteTable, wide
 from bnctl.engines.torch.recalibration.strand import Crew
-from bnctl.engines.torch.recalibration.twins import Twins
-from bnctl.engines.torch.recalibration.visits import Feed, OnSite, Visit
+from bnctl.engines.torch.recalibration.twins import Twins, place_of
+from bnctl.engines.torch.recalibration.visits import Feed, OnSite, Visit, Written
 from bnctl.engines.torch.state import put_back
-from bnctl.errors import BnctlError, DataError, ModelError
+from bnctl.errors import BnctlError, DataError
 from bnctl.recalibration.book import Account
 from bnctl.recalibration.estimate import with_prior
 from bnctl.recalibration.method import check_pass, does_not_fit
@@ -36,19 +36,6 @@ if TYPE_CHECKING:
 
 def _nothing() -> None:
     """Do nothing."""
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What a forward pass needs for itself.
-
-    Args:
-        per_sample: most bytes per sample that it holds while it waits at a site, its input included.
-        own: bytes of the model's tensors that it has a copy of.
-    """
-
-    per_sample: float
-    own: int
 
 
 @dataclass(eq=False)
@@ -73,7 +60,7 @@ class Workbench:
         skipped: batches that this worker left out.
         keep: called whenever a site was settled.
         random_state: of torch's generator at the start of each pass.
-        side_by_side: whether forward passes may take turns in the middle.
+        one_by_one: whether forward passes follow one another, whatever the number of hands.
     """
 
     model: nn.Module
@@ -93,11 +80,11 @@ class Workbench:
     skipped: set[int] = field(default_factory=set)
     keep: Callable[[], None] = _nothing
     random_state: torch.Tensor = field(default_factory=torch.get_rng_state)
-    side_by_side: bool = False
-    _needs: Needs | None = None
+    one_by_one: bool = False
+    _own: set[int] = field(default_factory=set)
+    _paused_bytes: float | None = None
 
     def __post_init__(self) -> None:
-        self.side_by_side = self.hands > 1
         self.crew = Crew(self.hands)
         self.twins = Twins(self.model)
 
@@ -159,7 +146,7 @@ class Workbench:
         feed: Feed,
         on_site: OnSite,
         *modes: TorchDispatchMode,
-        on_write: Callable[[str], None] | None = None,
+        on_write: Callable[[int], None] | None = None,
     ) -> None:
         """One forward pass in the calling thread, in a copy of the model's structure over the same parameters and buffers: what a
         forward leaves in attributes of its modules is then its own.
@@ -168,18 +155,22 @@ class Workbench:
             feed: the batch.
             on_site: called at each site.
             modes: in which it runs as well.
-            on_write: called with the name of a shared parameter or buffer before the model writes to it; by default that is refused, unless passes follow one
-                another.
+            on_write: called with the place of a shared parameter or buffer before the model writes to it.
 
         Raises:
             DataError: the model fails on the batch.
-            ModelError: it writes to what the passes of other batches read.
+            Written: there is no `on_write`, and passes do not follow one another.
         """
-        step, on_write = 0, on_write or self._refuse_write
+        step, written = 0, set[int]()
 
         def look_at(tensor: torch.Tensor) -> None:
-            if (name := self.twins.shared_name(tensor)) is not None:
-                on_write(name)
+            if not self.twins.shares(place := place_of(tensor)):
+                return
+            if on_write is not None:
+                on_write(place)
+            elif not self.one_by_one:
+                written.add(place)
+                raise Written(place)
 
         def on_norm(call: NormCall) -> Any:
             nonlocal step
@@ -198,54 +189,69 @@ class Workbench:
                     stack.enter_context(torch.autocast(self.device.type, self.autocast))
                 stack.enter_context(inference(*modes, intercepting(on_norm, look_at)))
                 model(*args, **kwargs)
+            if written:  # and swallowed
+                raise Written(min(written))
         except BnctlError:
             raise
         except Exception as error:
             raise does_not_run(feed.index, error) from error
 
-    def learn(self, feed: Feed) -> Needs:
-        """What a forward pass needs for itself: from a run of one sample, or of the whole batch where the model does not take a single one. From then on every
-        pass has its own copy of what the model wrote to.
+    def learn(self, feed: Feed) -> float:
+        """Most bytes per sample that a forward pass holds while it waits at a site, its input included; and what it writes to (:meth:`keep_apart`). From the
+        first run of one sample, or of the whole batch where the model does not take a single one.
         """
-        if self._needs is None:
+        if self._paused_bytes is None:
             try:
-                self._needs = self._learn(feed.one_sample())
+                self._paused_bytes = self._learn(feed.one_sample())
             except DataError:
-                self._needs = self._learn(feed)
-        return self._needs
+                self._paused_bytes = self._learn(feed)
+        return self._paused_bytes
 
-    def _learn(self, feed: Feed) -> Needs:
+    def _learn(self, feed: Feed) -> float:
         inputs, most = feed.tensors(), 0
-        live = LiveStorages((*inputs, *self.model.parameters(), *self.model.buffers()))
-        state = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        written: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        live = LiveStorages((*inputs, *tensors))
+        before: dict[int, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = {}
 
         def measure(visit: Visit) -> None:
             nonlocal most
             most = max(most, live.size_bytes())
 
-        def remember(name: str) -> None:
-            if name not in written:
-                written[name] = state[name], state[name].detach(), state[name].detach().clone()
+        def remember(place: int) -> None:
+            if place not in before:
+                there = [tensor for tensor in tensors if place_of(tensor) == place]
+                before[place] = [(tensor, tensor.detach(), tensor.detach().clone()) for tensor in there]
 
         try:
-            self.run(feed, measure, live, on_write=remember)
+            # a loader may draw from the same generator as the model
+            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+                self.run(feed, measure, live, on_write=remember)
         finally:
             with torch.no_grad():
-                for before in written.values():
-                    put_back(*before)
-        self.twins.give_own(written)
-        return Needs(
-            (most + sum(tensor.nbytes for tensor in inputs)) / max(feed.size, 1),
-            sum(memory.nbytes for _, memory, _ in written.values()),
-        )
+                for tensor, memory, values in (entry for there in before.values() for entry in there):
+                    put_back(tensor, memory, values)
+        self.keep_apart(before)
+        return (most + sum(tensor.nbytes for tensor in inputs)) / max(feed.size, 1)
 
-    def _refuse_write(self, name: str) -> None:
-        if self.side_by_side:
-            raise ModelError(
-                f"the model writes to its {name} for some inputs only, and the forward passes of other batches read it",
-                hint="let one batch follow another, with --threads 1 --memory 0",
-            )
+    def keep_apart(self, places: Iterable[int]) -> None:
+        """What the model writes to belongs to each forward pass, from now on. Where that is memory of the statistics themselves, which all passes have to
+        share, one pass follows another.
+        """
+        places = set(places)
+        self._own |= places - self.sites.places
+        self.one_by_one |= bool(places & self.sites.places)
+        self.twins.give_own(self._own)
+        if self.one_by_one:
+            self.crew.dismiss()
+            self.crew = Crew(1)
+
+    @property
+    def own_bytes(self) -> int:
+        """What a forward pass has a copy of."""
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        return sum(
+            {p: t.untyped_storage().nbytes() for t in tensors if (p := place_of(t)) in self._own and p > 0}.values()
+        )
 
     def stored(self, site: Site) -> Statistics:
         """Mean and variance as the working copy holds them now."""
