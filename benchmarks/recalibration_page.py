@@ -52,10 +52,10 @@ of 4 or of 16.
 PHOTOGRAPHS = """### As in earnest
 
 128 images of 224 x 224 in batches of 32, one thread. An activation has up to 150 MB here. glibc gives blocks of that size back to the system when they are
-freed, and the system clears every page of the next one: most of what a plain pass takes, and all the others too. The command `bnctl recalibrate` has glibc keep
-freed memory ([decision 0015](decisions/0015-freed-memory-is-kept.md)); the function `bnctl.recalibrate` leaves the process as it is. So there are two tables
-in one. *given back*: as a script of one's own runs by default, all methods alike. *kept*: as the command runs, all methods alike. The images/s of the two plain
-passes say what a script loses.
+freed, and the system clears every page of the next one, for everybody alike. The command `bnctl recalibrate` has glibc keep freed memory
+([decision 0015](decisions/0015-freed-memory-is-kept.md)); the function `bnctl.recalibrate` leaves the process as it is. *given back*: all methods as in a
+script of one's own, by default. *kept*: all methods as the command runs. What the script loses is in the images/s of the plain passes. ResNet-50 was measured
+in one way only.
 """
 
 SMALL = """### Small images, small batches
@@ -98,10 +98,10 @@ def page(rows: Sequence[Row]) -> str:
 def _errors(latest: Rows, methods: list[str]) -> Iterable[list[str]]:
     for case in CASES:
         floor = latest.get(("float32", case.name), {}).get("error")
-        for (kind, name, *rest), row in latest.items():
-            if (kind, name) == ("error", case.name):
+        for job, row in latest.items():
+            if job[:2] == ("error", case.name):
                 found = (floor, *(row["errors"].get(method) for method in ["before", *methods]))
-                yield [case.name, *rest, *("" if pair is None else " / ".join(map(_short, pair)) for pair in found)]
+                yield [case.name, job[2], *("" if pair is None else " / ".join(map(_short, pair)) for pair in found)]
 
 
 def _of_photographs(costs: Rows, methods: list[str]) -> Iterable[list[str]]:
