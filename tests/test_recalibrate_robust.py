@@ -316,6 +316,14 @@ class Growing(Plain):
         return self.bn2(self.conv2(torch.relu(self.bn1(self.cache))))
 
 
+class Replacing(Cached):
+    """Gives its buffer other memory, which no operator does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.cache.data = self.conv1(x)
+        return self.bn2(self.conv2(torch.relu(self.bn1(self.cache))))
+
+
 class Swallowing(CachedSometimes):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         try:
@@ -325,7 +333,19 @@ class Swallowing(CachedSometimes):
         return super().forward(x)
 
 
-@pytest.mark.parametrize("build", [CachedSometimes, Clamping, Views, Growing, Swallowing])
+class Sparse(Plain):
+    """A buffer without memory of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mixing", torch.eye(36, dtype=torch.float64).to_sparse())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        columns = torch.sparse.mm(self.mixing, x.flatten(2).flatten(0, 1).T)
+        return super().forward(columns.T.reshape(x.shape))
+
+
+@pytest.mark.parametrize("build", [CachedSometimes, Clamping, Views, Growing, Swallowing, Replacing, Sparse])
 @pytest.mark.parametrize("how", [{"method": "batch"}, {"memory_bytes": None}, {"memory_bytes": 0}])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_models_that_write_to_their_own_tensors(build: type[nn.Module], how: dict[str, Any], threads: int) -> None:

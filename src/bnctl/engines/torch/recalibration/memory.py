@@ -10,6 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bnctl.engines.torch.recalibration.twins import place_of
 from bnctl.recalibration import memory
 from bnctl.recalibration.memory import DEFAULT_SHARE, _group_bytes, _machine_bytes
 
@@ -25,13 +26,13 @@ class LiveStorages(TorchDispatchMode):
 
     def __init__(self, known: Iterable[torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self._known = {place_of(tensor) for tensor in known}
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and place_of(tensor) > 0:
                 storage = tensor.untyped_storage()
                 if storage.data_ptr() not in self._known:
                     self._alive[storage.data_ptr()] = (StorageWeakRef(storage), storage.nbytes())

@@ -46,7 +46,7 @@ class SiteTable:
         self._paths = {
             _place(tensor): path
             for path, tensor in (*model.named_parameters(), *model.named_buffers())
-            if tensor.numel() > 0
+            if tensor.numel() > 0 and place_of(tensor) > 0
         }
         self.places: set[int] = set()
         self._sites: dict[str, Site | None] = {}

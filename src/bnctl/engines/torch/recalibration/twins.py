@@ -65,7 +65,10 @@ class Twins:
 
 def place_of(tensor: torch.Tensor) -> int:
     """The storage that a tensor lies in, or the tensor itself where it has no memory."""
-    return (tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0) or -id(tensor)
+    try:
+        return tensor.untyped_storage().data_ptr() or -id(tensor)
+    except (NotImplementedError, RuntimeError):  # sparse tensors, and those that are made of others
+        return -id(tensor)
 
 
 @contextmanager

@@ -210,6 +210,7 @@ class Workbench:
     def _learn(self, feed: Feed) -> float:
         inputs, most = feed.tensors(), 0
         tensors = [*self.model.parameters(), *self.model.buffers()]
+        places = [(tensor, tensor.detach(), place_of(tensor)) for tensor in tensors]
         live = LiveStorages((*inputs, *tensors))
         before: dict[int, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]] = {}
 
@@ -230,7 +231,10 @@ class Workbench:
             with torch.no_grad():
                 for tensor, memory, values in (entry for there in before.values() for entry in there):
                     put_back(tensor, memory, values)
-        self.keep_apart(before)
+            replaced = [entry for entry in places if place_of(entry[0]) != entry[2]]
+            for tensor, memory, _ in replaced:
+                tensor.data = memory
+        self.keep_apart({*before, *(place for _, _, place in replaced)})
         return (most + sum(tensor.nbytes for tensor in inputs)) / max(feed.size, 1)
 
     def keep_apart(self, places: Iterable[int]) -> None:
