@@ -6,7 +6,7 @@ import gc
 import os
 import re
 import sys
-from contextlib import AbstractContextManager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +26,7 @@ from bnctl.cli.output import (
     write_error,
     write_json,
 )
-from bnctl.commands.setup import Progress, Setup
+from bnctl.commands.setup import Setup
 from bnctl.errors import BnctlError, ExitCode, Interrupted, ModelError, UsageError
 from bnctl.models.save import Target
 from bnctl.report import Report
@@ -327,9 +327,7 @@ def demo(
     """The whole tour on the fixture that ships with the package."""
     from bnctl.commands.demo import run_demo
 
-    def progress() -> AbstractContextManager[Progress]:
-        return progress_bar(show=not quiet)
-
+    progress = partial(progress_bar, show=not quiet)
     raise typer.Exit(run_demo(output, force=force, quiet=quiet, progress=progress))
 
 
